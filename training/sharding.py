@@ -159,13 +159,18 @@ class Sharding:
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Accumulate the gradients of the block on this process, without communication."""
+        """Accumulate the gradients of the block on this process, without reducing them.
+
+        With `--shard optimizer`, the parameters also stay gathered for the next micro-batch.
+        """
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(False)
+        model.set_reshard_after_backward(self.mode != "optimizer")
         try:
             yield
         finally:
             model.set_requires_gradient_sync(True)
+            model.set_reshard_after_backward(True)
 
 
 def wrap_sharded(

@@ -89,9 +89,24 @@ def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes
     results = torch.load(output)
     expected = results.pop("none")
     assert (expected["scalars"][:, 2] > 0.5).any(), "the gradients are never clipped"
-    for result in results.values():
+    for name, result in results.items():
         torch.testing.assert_close(result["scalars"], expected["scalars"], rtol=1e-6, atol=0)
         assert_close(result["tensors"], expected["tensors"])
+        check_collectives(name, result["collectives"])
+
+
+def check_collectives(name: str, counts: dict[str, int]) -> None:
+    """Check that a step communicates as often as docs/cluster/sharding.md states."""
+    mode, _, num_micro_batches = name.partition("+")
+    student, teacher = 6 + 1, 4 + 1  # blocks, and the parameters outside of blocks
+    count = int(num_micro_batches or 1)
+    gathers = (student + 6 + teacher) * count  # the blocks also in the backward pass
+    if mode == "optimizer":
+        gathers = student + teacher * count
+    assert counts["_allgather_base_"] == gathers
+    assert counts["_reduce_scatter_base_"] == student  # once, regardless of accumulation
+    # Across nodes, gradients are reduced once as well.
+    assert counts.get("allreduce_", 0) == (student if mode == "hybrid" else 0)
 
 
 def test_one_sharded_process_equals_an_unsharded_one(
