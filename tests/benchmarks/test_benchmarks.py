@@ -17,6 +17,7 @@ from benchmarks import (
     encode,
     evaluation,
     log_size,
+    resume,
     sampling,
     start,
     table,
@@ -30,6 +31,7 @@ from models.sit import PRESETS, SiTConfig
 from sample_ddp import PrecisionConfig
 from sampling.recipe import SamplerConfig
 from tests.helpers import ROOT
+from train import Step
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_train_step_compares_recomputation_with_accumulation(call, run_benchmark
     def record(step, batch):
         parts.append((step.accumulation, step.state.model.backbone.num_recomputed_blocks))
 
-    monkeypatch.setattr(train_step.Step, "__call__", record)
+    monkeypatch.setattr(Step, "__call__", record)
     flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 4 --align sra2 --rounds 2 --warm-up 0"
     flags += " --accumulated"
     recompute = ["--activation-checkpointing", "--recomputed-blocks", 3]
@@ -131,6 +133,15 @@ def test_start_runs_train_with_and_without_compiled_graphs(run_benchmark, monkey
     assert [values["first_step_s"] for values in result["results"].values()] == 3 * [2.5]
     assert not list((tmp_path / "dest").iterdir())
     assert len(list(table.start_rows(result))) == 3
+
+
+def test_resume_reads_the_checkpoint_to_verify_it_and_to_restore_it(run_benchmark, tmp_path):
+    result = run_benchmark(resume, "--model", "SiT-Ti/2", "--dest", tmp_path / "dest")
+    num_bytes = result["checkpoint_bytes"]
+    assert 2 * num_bytes <= result["total_read_bytes"] < 2.1 * num_bytes
+    (process,) = result["processes"]
+    assert process["seconds"] > 0 and process["read_bytes"] == result["total_read_bytes"]
+    assert not list((tmp_path / "dest").iterdir())
 
 
 def test_checkpoint_times_copy_write_and_pause(run_benchmark, tmp_path):
