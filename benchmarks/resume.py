@@ -5,8 +5,8 @@
 Saves a checkpoint, then restores it as train.py does: each process verifies some of the files. With
 sharding, each process reads its rows; otherwise, the first process reads all tensors and sends them
 to the others. `read_bytes` counts the bytes that read calls return, also from the page cache.
-`peak_host_bytes` is the largest increase of the resident memory, without the moments of AdamW
-themselves on a machine without a GPU.
+`peak_host_bytes` is the largest increase of the resident memory. Without a GPU, it excludes the
+restored moments of AdamW.
 """
 
 import time

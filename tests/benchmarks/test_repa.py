@@ -13,7 +13,7 @@ from benchmarks import (
     repa,
     sampling,
     start,
-    table,
+    table_rows,
     train_step,
     vae,
 )
@@ -106,7 +106,7 @@ def test_table_lists_the_step_of_repas_repository():
         "results": {"sra2": ours, "REPA's loop": theirs},
         "ratios": {"REPA's loop/sra2": 2.0},
     }
-    assert list(table.train_step_rows(result)) == [
+    assert list(table_rows.train_step_rows(result)) == [
         "NVIDIA H200 | SiT-XL/2, batch 4, bf16, compiled | sra2 | 0.1 | 40 | 50% | 3 | ",
         "NVIDIA H200 | SiT-XL/2, batch 4 | REPA's loop | 0.2 | 20 |  | 1 | 2.000 relative to sra2",
     ]
