@@ -223,6 +223,7 @@ def test_cost_reports_times_and_counts(call, tmp_path):
     for costs in result["results"].values():
         rate = costs["images_per_s"]
         assert rate * costs["step_s"]["median"] == pytest.approx(2)
+        assert costs["peak_memory_gib"] > 0 and costs["first_step_s"] > 0
         assert costs["matmul_share"] * 1e11 == pytest.approx(rate * costs["training_flops"])
     _, _, baseline, *aligned = TABLES["cost"].format([result]).splitlines()[:5]
     assert baseline.endswith("|  |") and "batch 2" in baseline
