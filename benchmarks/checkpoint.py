@@ -20,39 +20,15 @@ from benchmarks.measure import (
     scratch_folder,
     synchronize,
 )
+from benchmarks.run_steps import build_trained_state
 from benchmarks.variants import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints
 from common import cli
 from training.checkpoints import CheckpointWriter
 from training.resume import build_config_json
-from training.setup import build_state
 from training.state import TrainState
 
 POLL_SECONDS = 0.001  # interval of the loop that detects pauses
-
-
-def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, dict]:
-    """Build a training state with optimizer moments, and the content of the run's config.json.
-
-    Args:
-        model: A key of PRESETS.
-        device: Device of the state.
-    """
-    plan = make_plan(StepConfig(model=model), ["sra2"])
-    settings = plan.settings
-    state = build_state(
-        plan.network,
-        plan.align,
-        settings.optimizer,
-        settings.device,
-        settings.run.seed,
-        device,
-    )
-    for parameter in state.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return state, build_config_json(settings, plan.network, plan.align, plan.manifest)
 
 
 def time_save(
@@ -83,7 +59,9 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state, config = build_trained_state(args.model, device)
+    plan = make_plan(StepConfig(model=args.model), ["sra2"])
+    config = build_config_json(plan.settings, plan.network, plan.align, plan.manifest)
+    state = build_trained_state(plan, device)
     times = []
     with scratch_folder(args.dest / "benchmark-checkpoint") as run:
         with CheckpointWriter(run, config, keep_last=1) as writer:

@@ -5,8 +5,8 @@
 Saves a checkpoint, then restores it as train.py does: each process verifies some of the files. With
 sharding, each process reads its rows; otherwise, the first process reads all tensors and sends them
 to the others. `read_bytes` counts the bytes that read calls return, also from the page cache.
-`peak_host_bytes` is the largest increase of the resident memory, without the moments of AdamW
-themselves on a machine without a GPU.
+`peak_host_bytes` is the largest increase of the resident memory. Without a GPU, it excludes the
+restored moments of AdamW.
 """
 
 import time
@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from benchmarks.measure import make_parser, report, scratch_folder, synchronize
+from benchmarks.run_steps import build_plan_state, build_trained_state
 from benchmarks.variants import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints, verify_checkpoint
 from common import cli
 from training.checkpoints import CheckpointWriter
 from training.resume import build_config_json
-from training.setup import build_state, initialize_sharded_state
 from training.sharding import SHARD_MODES, make_sharding
 
 
@@ -49,18 +49,10 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
     plan = make_plan(StepConfig(model=args.model), ["sra2"])
-    settings = plan.settings
     sharding = make_sharding(args.shard, accelerator, torch.float32)
-    build_arguments = (plan.network, plan.align, settings.optimizer, settings.device, 0, device)
-    state = build_state(*build_arguments, sharding)
-    if sharding:
-        initialize_sharded_state(state, plan.network, plan.align, seed=0)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    state = build_trained_state(plan, device, sharding)
 
-    config = build_config_json(settings, plan.network, plan.align, plan.manifest)
+    config = build_config_json(plan.settings, plan.network, plan.align, plan.manifest)
     run = args.dest / "benchmark-resume"
     with scratch_folder(run) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
@@ -72,7 +64,7 @@ def main() -> None:
         num_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
 
         # Restore the checkpoint in a second state, and measure from here on.
-        restored = build_state(*build_arguments, sharding)
+        restored = build_plan_state(plan, device, sharding)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         bytes_before = count_read_bytes()
         memory_before = read_host_bytes("VmRSS")

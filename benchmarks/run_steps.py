@@ -150,7 +150,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 def build_plan_state(
     plan: Plan, device: torch.device, sharding: Sharding | None = None
 ) -> TrainState:
-    """Build the state of a run, with newly initialized weights, which are undefined if sharded."""
+    """Build the state of a run. Its weights are newly initialized, or undefined if sharded."""
     settings = plan.settings
     return build_state(
         plan.network,
@@ -161,6 +161,20 @@ def build_plan_state(
         device,
         sharding,
     )
+
+
+def build_trained_state(
+    plan: Plan, device: torch.device, sharding: Sharding | None = None
+) -> TrainState:
+    """Build the state of a run after an update with zero gradients, with optimizer moments."""
+    state = build_plan_state(plan, device, sharding)
+    if sharding:
+        initialize_sharded_state(state, plan.network, plan.align, plan.settings.run.seed)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return state
 
 
 def build_sharded_step(plan: Plan, accelerator: Accelerator) -> Step:

@@ -3,10 +3,10 @@ r"""Compute the memory per GPU and the time of a training step on many GPUs.
     python -m benchmarks.scaling --model SiT-XL/2 SiT-3B/2 --gpus 1 8 64 512 --network ib-400 \
         --batch-size 256 4096 --json scaling.json
 
-Nothing is run: no step on several GPUs has been measured. Memory is counted from parameters and
-from the tensors that autograd stores (benchmarks/scaling_memory.py). Times are FLOPs divided by a
-measured rate, and bytes divided by bandwidths (benchmarks/scaling_time.py); the step measured on
-one GPU is reproduced. The output lists all assumptions. docs/scale.md contains results.
+The command runs no step, and no step on several GPUs has been measured. Memory is counted from
+parameters and from the tensors that autograd stores (benchmarks/scaling_memory.py). Times are FLOPs
+divided by a measured rate, and bytes divided by bandwidths (benchmarks/scaling_time.py). The output
+lists all assumptions. docs/scale.md contains results.
 
 Each row accumulates over the smallest number of micro-batches that fits into the GPU's memory.
 Combinations that are the same as another row are omitted: sharding on one GPU, and hybrid sharding
@@ -164,15 +164,14 @@ class Scenario:
         checkpoint = json.loads(MEASURED_CHECKPOINT.read_text())
         parameters = self.parameters
         # Weights, two moments of AdamW, and the EMAs.
-        checkpoint_values = 3 * parameters.trained + self.memory.num_emas * parameters.backbone
-        checkpoint_bytes = FLOAT32 * checkpoint_values
+        checkpoint_bytes = FLOAT32 * (3 * parameters.trained + parameters.emas)
         copy_rate = checkpoint["bytes"] / checkpoint["results"]["copy_s"]["median"]
         preview_flops = PREVIEW_PASSES * backbone_flops(self.plan.network)
         return {
             "model": self.model,
             "parameters": parameters.backbone,
             "head_parameters": parameters.heads,
-            "training_flops": training_flops(self.plan.network, self.plan.align, self.plan.cache),
+            "training_flops": self.time.flops,
             "stored_bytes_per_image": self.memory.activation_bytes(),
             "checkpoint_bytes": checkpoint_bytes,
             "checkpoint_copy_s": checkpoint_bytes / copy_rate,
@@ -220,11 +219,11 @@ def make_scenarios(
         measurement: The measured step on one GPU.
     """
     plan = make_plan(StepConfig(model=model), [variant])
-    num_emas = len(plan.settings.optimizer.ema_decay)
     parameters = count_parameters(plan)
     wire_bytes = autocast_dtype(precision).itemsize
     stored = count_stored_bytes(plan, precision)
-    memory = MemoryModel(parameters, stored, num_emas, wire_bytes)
+    memory = MemoryModel(parameters, stored, wire_bytes)
+    flops = training_flops(plan.network, plan.align, plan.cache)
 
     # The measured rate applies to the measured precision and GPU; scale it by the peak rates.
     rate = measurement.flops_per_s * peak_rate(gpu, precision)
@@ -232,7 +231,7 @@ def make_scenarios(
     scenarios = []
     for network in networks:
         fabric = Fabric(GPUS[gpu], NETWORKS[network])
-        time = TimeModel(plan, parameters, num_emas, wire_bytes, rate, fabric)
+        time = TimeModel(flops, parameters, wire_bytes, rate, fabric)
         scenarios.append(Scenario(model, plan, precision, gpu, network, measurement, memory, time))
     return scenarios
 

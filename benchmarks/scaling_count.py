@@ -104,7 +104,7 @@ class PeakMemory(TorchDispatchMode):
 
 @contextmanager
 def fake_process_group(num_processes: int) -> Iterator[None]:
-    """Let this process be the first of many, whose collectives leave their outputs undefined."""
+    """Simulate many processes, of which this is the first; collectives leave outputs undefined."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_processes)
     try:
         yield
@@ -146,11 +146,10 @@ def count_step(plan: Plan, layout: Layout, micro_batch: int, precision: str) -> 
 
 
 def compute_peak(plan: Plan, layout: Layout, micro_batch: int, precision: str) -> float:
-    """Return the peak bytes of the same step according to the formula, without compiled blocks."""
+    """Return the peak bytes of such a step according to the formula, without compiled blocks."""
     memory = MemoryModel(
         count_parameters(plan),
         count_stored_bytes(plan, precision, compile=False),
-        len(plan.settings.optimizer.ema_decay),
         autocast_dtype(precision).itemsize,
     )
     return sum(memory.parts(layout, micro_batch).values())

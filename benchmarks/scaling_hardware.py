@@ -44,7 +44,7 @@ class Network(NamedTuple):
     Attributes:
         adapters: Network adapters per node.
         gbit_per_s: Line rate of an adapter.
-        description: Where it is found.
+        description: Hardware that has this network.
     """
 
     adapters: int

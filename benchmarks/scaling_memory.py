@@ -32,8 +32,9 @@ class Parameters(NamedTuple):
     """Numbers of parameters of a run.
 
     Attributes:
-        backbone: Parameters of the backbone; each EMA has as many.
+        backbone: Parameters of the backbone.
         heads: Parameters of the alignment heads.
+        emas: Parameters of all EMAs of the backbone.
         block: Parameters of one block.
         depth: Number of blocks.
         external: Parameters of networks that only compute targets.
@@ -42,6 +43,7 @@ class Parameters(NamedTuple):
 
     backbone: int
     heads: int
+    emas: int
     block: int
     depth: int
     external: int
@@ -88,6 +90,7 @@ def count_parameters(plan: Plan) -> Parameters:
     return Parameters(
         backbone=_count(backbone),
         heads=_count(model.heads),
+        emas=len(plan.settings.optimizer.ema_decay) * _count(backbone),
         block=block,
         depth=plan.network.depth,
         external=sum(cost.parameters for cost in costs),
@@ -129,17 +132,16 @@ class TracedBytes(NamedTuple):
     """Bytes that a traced forward pass stores.
 
     Attributes:
-        activations: Bytes per image.
-        weight_copies: Bytes of converted weights.
+        activations: Bytes of activations per image.
+        weight_copies: Bytes of weights that autocast converted.
     """
 
     activations: float
     weight_copies: int
 
 
-def _trace(
-    plan: Plan, depth: int, precision: str, compile: bool, batch_size: int = 2
-) -> TracedBytes:
+def _trace(plan: Plan, depth: int, precision: str, compile: bool) -> TracedBytes:
+    batch_size = 2
     network = replace(plan.network, depth=depth)
     align = [entry | {"block": 1} for entry in copy.deepcopy(plan.align)]
     torch._dynamo.reset()  # a new network must not count as a recompilation of the previous one
@@ -166,7 +168,7 @@ def _autocast(precision: str) -> Iterator[None]:
 
 @contextmanager
 def _recording_stored_tensors() -> Iterator[list[Tensor]]:
-    """Collect the tensors that autograd stores in the block."""
+    """Collect the tensors that autograd stores while the context is active."""
     stored: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -179,11 +181,10 @@ def _recording_stored_tensors() -> Iterator[list[Tensor]]:
 
 def _sum_bytes(model: AlignedSiT, stored: list[Tensor], batch_size: int) -> TracedBytes:
     """Add up the storages of tensors, each once, without the parameters themselves."""
-    parameters = {_storage_key(parameter) for parameter in model.parameters()}
     weight_shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2}
     activations = 0
     weight_copies = 0
-    counted = set(parameters)
+    counted = {_storage_key(parameter) for parameter in model.parameters()}
     for tensor in stored:
         if _storage_key(tensor) in counted:
             continue
@@ -207,13 +208,11 @@ class MemoryModel:
     Args:
         parameters: Numbers of parameters.
         stored: Bytes that autograd stores.
-        num_emas: Number of EMAs.
         wire_bytes: Bytes of a parameter while its block is gathered.
     """
 
     parameters: Parameters
     stored: StoredBytes
-    num_emas: int
     wire_bytes: int
 
     def parts(
@@ -235,7 +234,7 @@ class MemoryModel:
         state = {
             "parameters": shard * parameters.trained,
             "moments": 2 * shard * parameters.trained,
-            "emas": self.num_emas * shard * parameters.backbone,
+            "emas": shard * parameters.emas,
             "external": FLOAT32 * parameters.external,
         }
         gradients = shard * parameters.trained

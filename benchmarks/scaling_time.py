@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.run_steps import Plan
 from benchmarks.scaling_hardware import (
     GPUS,
     MEMORY_EFFICIENCY,
@@ -19,10 +18,10 @@ from benchmarks.variants import StepConfig, make_plan
 from common.cli import UserError, describe_read_error
 from training.throughput import training_flops
 
-# Bytes of memory traffic per trained parameter after the backward pass (docs/performance.md).
+# Bytes of memory traffic per parameter after the backward pass (docs/performance.md).
 CLIPPING_BYTES = 12
 ADAMW_BYTES = 28
-EMA_BYTES = 12  # for each EMA
+EMA_BYTES = 12  # per parameter of an EMA
 
 DDP_BUCKET_BYTES = 25 * 2**20  # default of PyTorch
 NUM_SMALL_REDUCTIONS = 2  # gradient norm or guard, and the flags that stop all processes together
@@ -62,8 +61,7 @@ class Measurement(NamedTuple):
         config = StepConfig(model=result["model"], latent_size=result["latent_size"])
         plan = make_plan(config, [self.variant])
         flops = training_flops(plan.network, plan.align, plan.cache) * result["batch_size"]
-        num_emas = len(plan.settings.optimizer.ema_decay)
-        update_bytes = count_update_bytes(count_parameters(plan), num_emas)
+        update_bytes = count_update_bytes(count_parameters(plan))
         update_s = update_bytes / (GPUS[self.gpu].bytes_per_s * MEMORY_EFFICIENCY)
         return flops / (self.values["step_s"]["median"] - update_s)
 
@@ -92,10 +90,9 @@ def load_measurement(path: Path, variant: str) -> Measurement:
     return Measurement(path, result, variant)
 
 
-def count_update_bytes(parameters: Parameters, num_emas: int) -> float:
+def count_update_bytes(parameters: Parameters) -> int:
     """Return the bytes of memory traffic of clipping, AdamW and the EMAs without sharding."""
-    traffic = (CLIPPING_BYTES + ADAMW_BYTES) * parameters.trained
-    return traffic + num_emas * EMA_BYTES * parameters.backbone
+    return (CLIPPING_BYTES + ADAMW_BYTES) * parameters.trained + EMA_BYTES * parameters.emas
 
 
 @dataclass(frozen=True)
@@ -139,17 +136,15 @@ class TimeModel:
     """Computes the time of a training step.
 
     Args:
-        plan: The plan of the run.
+        flops: FLOPs of the forward and backward pass per image.
         parameters: Numbers of parameters.
-        num_emas: Number of EMAs.
         wire_bytes: Bytes of a parameter in an all-gather.
-        flops_per_s: FLOP/s of the forward and backward pass.
+        flops_per_s: Rate of the forward and backward pass.
         fabric: The GPUs and the network.
     """
 
-    plan: Plan
+    flops: int
     parameters: Parameters
-    num_emas: int
     wire_bytes: int
     flops_per_s: float
     fabric: Fabric
@@ -158,11 +153,10 @@ class TimeModel:
         self, layout: Layout, micro_batch: int, accumulation: int = 1, recomputed_blocks: int = 0
     ) -> StepTime:
         """Return the time of a step; the arguments are those of `MemoryModel.parts`."""
-        flops = training_flops(self.plan.network, self.plan.align, self.plan.cache)
         # Recomputation adds a forward pass of these blocks, a third of their FLOPs.
         recomputed_share = recomputed_blocks / self.parameters.depth / 3
-        micro_s = micro_batch * flops * (1 + recomputed_share) / self.flops_per_s
-        update_bytes = count_update_bytes(self.parameters, self.num_emas) / layout.num_shards
+        micro_s = micro_batch * self.flops * (1 + recomputed_share) / self.flops_per_s
+        update_bytes = count_update_bytes(self.parameters) / layout.num_shards
         update_s = update_bytes / (self.fabric.gpu.bytes_per_s * MEMORY_EFFICIENCY)
         communication, exposed_s = self._communicate(layout, micro_s, accumulation)
         return StepTime(accumulation * micro_s, update_s, communication, exposed_s)

@@ -27,7 +27,7 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 class CompileCache:
     """The compiled graphs of a process, in a file that later processes load.
 
-    PyTorch decides which of the loaded graphs it uses: its keys cover the graph, the inputs, and
+    PyTorch decides which of the loaded graphs it uses: its keys include the graph, the inputs and
     the versions. The name of the file only separates runs that compile different graphs. The graphs
     of a GPU depend on its index, so there is one file per local rank. The processes of the first
     machine write them.
@@ -36,7 +36,7 @@ class CompileCache:
 
     Args:
         folder: Folder of the file, or None to load and save nothing.
-        settings: What determines the graphs, as JSON values.
+        settings: Settings that determine the graphs, as JSON values.
         device: Device of the graphs.
         rank: Rank of this process among all processes.
         local_rank: Rank of this process among the processes on this machine.
@@ -111,8 +111,8 @@ class CompileCache:
 def choose_folder(output_folder: Path, is_compiled: bool) -> Path | None:
     """Return the folder for files of `CompileCache`, or None if there should be none.
 
-    There are none if the user has set TORCHINDUCTOR_CACHE_DIR, nor with versions of PyTorch that
-    cannot export their graphs.
+    There are no files if the user has set TORCHINDUCTOR_CACHE_DIR, or if the version of PyTorch
+    cannot export its graphs.
     """
     if not is_compiled or torch.__version__ < TorchVersion("2.8"):
         return None

@@ -1,4 +1,4 @@
-"""Report how long the first step took, and keep the graphs that it compiled."""
+"""Report how long the first step took, and store the graphs that it compiled."""
 
 import time
 from collections.abc import Callable

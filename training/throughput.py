@@ -42,7 +42,7 @@ def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> i
 def mean_training_flops(
     network: SiTConfig, align: list[dict], cache: CacheInfo, start_step: int, end_step: int
 ) -> float:
-    """Return the FLOPs per image, averaged over steps, of which a method may skip the last ones.
+    """Return the FLOPs per image, averaged over a range of steps in which methods may stop.
 
     Args:
         network: Architecture of the backbone.

@@ -17,9 +17,11 @@ from benchmarks import (
     encode,
     evaluation,
     log_size,
+    resume,
     sampling,
     start,
     table,
+    table_rows,
     train_step,
     vae,
 )
@@ -30,6 +32,7 @@ from models.sit import PRESETS, SiTConfig
 from sample_ddp import PrecisionConfig
 from sampling.recipe import SamplerConfig
 from tests.helpers import ROOT
+from train import Step
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def test_train_step_compares_recomputation_with_accumulation(call, run_benchmark
     def record(step, batch):
         parts.append((step.accumulation, step.state.model.backbone.num_recomputed_blocks))
 
-    monkeypatch.setattr(train_step.Step, "__call__", record)
+    monkeypatch.setattr(Step, "__call__", record)
     flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 4 --align sra2 --rounds 2 --warm-up 0"
     flags += " --accumulated"
     recompute = ["--activation-checkpointing", "--recomputed-blocks", 3]
@@ -130,7 +133,16 @@ def test_start_runs_train_with_and_without_compiled_graphs(run_benchmark, monkey
     assert list(result["results"]) == ["cold", "restart", "another machine"]
     assert [values["first_step_s"] for values in result["results"].values()] == 3 * [2.5]
     assert not list((tmp_path / "dest").iterdir())
-    assert len(list(table.start_rows(result))) == 3
+    assert len(list(table_rows.start_rows(result))) == 3
+
+
+def test_resume_reads_the_checkpoint_to_verify_it_and_to_restore_it(run_benchmark, tmp_path):
+    result = run_benchmark(resume, "--model", "SiT-Ti/2", "--dest", tmp_path / "dest")
+    num_bytes = result["checkpoint_bytes"]
+    assert 2 * num_bytes <= result["total_read_bytes"] < 2.1 * num_bytes
+    (process,) = result["processes"]
+    assert process["seconds"] > 0 and process["read_bytes"] == result["total_read_bytes"]
+    assert not list((tmp_path / "dest").iterdir())
 
 
 def test_checkpoint_times_copy_write_and_pause(run_benchmark, tmp_path):
@@ -315,9 +327,9 @@ def test_data_page_agrees_with_the_encoding_results():
     text = read_page("data")
     result = json.loads((ROOT / "benchmarks/results/encode-256-cpu.json").read_text())
     assert f"{result['flops_per_image'] / 1e12:.2f} / R seconds" in text
-    minutes = table.NUM_IMAGENET_IMAGES * result["flops_per_image"] / (8 * 50e12) / 60
+    minutes = table_rows.NUM_IMAGENET_IMAGES * result["flops_per_image"] / (8 * 50e12) / 60
     assert 13.5 < minutes < 16.5 and "a quarter of an hour" in text
-    assert 1400 < table.NUM_IMAGENET_IMAGES / minutes / 60 < 1600
+    assert 1400 < table_rows.NUM_IMAGENET_IMAGES / minutes / 60 < 1600
     rate = int(result["results"]["decoding alone"]["images_per_s"])
     assert (
         f"crops {rate} images per second, so decoding takes one core for every {rate} images"

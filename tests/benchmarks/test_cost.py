@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.targets
-from benchmarks import cost, train_step
+from benchmarks import cost, train_step, variant_steps
 from benchmarks.measure import Timings
 from benchmarks.table import TABLES
 from benchmarks.variants import StepConfig, make_plan, select_variant, split_variant
@@ -171,7 +171,7 @@ def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
     costs = cost.count_costs(plan, variant)
 
     def count_flops(backward) -> int:
-        steps = train_step.build_steps(plan, make_stub_accelerator(backward), [variant])
+        steps = variant_steps.build_steps(plan, make_stub_accelerator(backward), [variant])
         step = steps[variant].func
         for block in (*step.model.backbone.blocks, *step.state.emas[0].blocks):
             block.attn.fused_attn = False  # the counter does not support the CPU's fused attention
@@ -188,7 +188,7 @@ def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
 def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
     variants = ["sra2", "none", "sra", "sra2+sra"]
     plan = make_plan(make_config(), variants)
-    steps = train_step.build_steps(plan, make_stub_accelerator(), variants)
+    steps = variant_steps.build_steps(plan, make_stub_accelerator(), variants)
     heads = steps["sra2"].func.state.model.heads
     for variant in variants:
         before = {method: head[0].weight.clone() for method, head in heads.items()}
@@ -205,7 +205,7 @@ def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
         }
         if variant == variants[0]:
             plan = select_variant(plan, variant)
-            single_variant = train_step.build_steps(plan, make_stub_accelerator(), [variant])
+            single_variant = variant_steps.build_steps(plan, make_stub_accelerator(), [variant])
             expected, _ = single_variant[variant]()
             assert scalars == expected
 
@@ -223,6 +223,7 @@ def test_cost_reports_times_and_counts(call, tmp_path):
     for costs in result["results"].values():
         rate = costs["images_per_s"]
         assert rate * costs["step_s"]["median"] == pytest.approx(2)
+        assert costs["peak_memory_gib"] > 0 and costs["first_step_s"] > 0
         assert costs["matmul_share"] * 1e11 == pytest.approx(rate * costs["training_flops"])
     _, _, baseline, *aligned = TABLES["cost"].format([result]).splitlines()[:5]
     assert baseline.endswith("|  |") and "batch 2" in baseline

@@ -13,7 +13,7 @@ from benchmarks import (
     repa,
     sampling,
     start,
-    table,
+    table_rows,
     train_step,
     vae,
 )
@@ -106,7 +106,7 @@ def test_table_lists_the_step_of_repas_repository():
         "results": {"sra2": ours, "REPA's loop": theirs},
         "ratios": {"REPA's loop/sra2": 2.0},
     }
-    assert list(table.train_step_rows(result)) == [
+    assert list(table_rows.train_step_rows(result)) == [
         "NVIDIA H200 | SiT-XL/2, batch 4, bf16, compiled | sra2 | 0.1 | 40 | 50% | 3 | ",
         "NVIDIA H200 | SiT-XL/2, batch 4 | REPA's loop | 0.2 | 20 |  | 1 | 2.000 relative to sra2",
     ]
@@ -147,6 +147,6 @@ def test_commands_of_the_session_have_valid_flags(monkeypatch, call, tmp_path, f
     commands, _ = run_session(monkeypatch, call, tmp_path, 0, "--repa-repository", tmp_path, *flags)
     assert len(commands) == len(gpu_session.plan_measurements(None, tmp_path))
     for command in commands:
-        # --help follows the other flags, so argparse reads them first.
-        code, out = call(modules[command[2]], *command[3:], "--help")
-        assert code == 0 and out.startswith("usage:"), out
+        # All unknown flags are reported together, after the values of the others were checked.
+        code, out = call(modules[command[2]], *command[3:], "--unknown")
+        assert code == 2 and "unrecognized arguments: --unknown" in out, out

@@ -79,6 +79,8 @@ def test_stored_bytes_of_a_block_agree_with_a_manual_count():
     assert stored.block == pytest.approx(expected, abs=4 * width)
     assert stored.block_copies == 2 * 18 * width**2
     assert stored.block_input == 4 * tokens * width
+    # bfloat16: the input and the output of the activation of the MLP; float32: the tokens.
+    assert stored.gradients == tokens * width * (2 * (4 + 4) + 4)
     # The compiler recomputes a fifth of these tensors or more, and never stores others.
     assert 0.6 < count_stored_bytes(plan, "bf16").block / stored.block < 0.8
 
@@ -137,17 +139,19 @@ def test_communication_agrees_with_the_bytes_per_parameter(xl):
     """DDP moves 8 bytes per parameter; full sharding 2 + 2 + 4 in a block and 4 + 4 outside."""
     network = Network(1, 1, "slow enough that latencies do not matter")
     changes = {"fabric": Fabric(GPUS["H200"], network)}
-    seconds = {
+    num_bytes = {
         shard: compute_step(xl, 64, shard, **changes).communication.transfer * 0.92e9 / 8
         for shard in ("none", "optimizer", "full", "hybrid")
     }
     parameters = xl.parameters
     in_blocks = parameters.depth * parameters.block
-    assert seconds["none"] == pytest.approx(63 / 64 * 8 * parameters.trained)
-    assert seconds["full"] == pytest.approx(63 / 64 * 8 * parameters.trained)
-    assert seconds["optimizer"] == pytest.approx(63 / 64 * (8 * parameters.trained - 2 * in_blocks))
+    assert num_bytes["none"] == pytest.approx(63 / 64 * 8 * parameters.trained)
+    assert num_bytes["full"] == pytest.approx(63 / 64 * 8 * parameters.trained)
+    assert num_bytes["optimizer"] == pytest.approx(
+        63 / 64 * (8 * parameters.trained - 2 * in_blocks)
+    )
     # Across 8 nodes, hybrid sharding all-reduces the gradients.
-    assert seconds["hybrid"] == pytest.approx(7 / 8 * 8 * parameters.trained, rel=0.01)
+    assert num_bytes["hybrid"] == pytest.approx(7 / 8 * 8 * parameters.trained, rel=0.01)
 
 
 def test_step_time_follows_its_laws(xl):
@@ -206,8 +210,9 @@ def test_micro_batches_fit_into_the_memory(xl):
     assert xl.fits({"state": 137 * 2**30}) and not xl.fits({"state": 138 * 2**30})
     larger = xl.memory.parts(Layout(1, "none"), 2 * row["micro_batch"], 2)
     assert sum(larger.values()) / 2**30 + 3 > GPUS["H200"].memory_gib
-    tiny = replace(xl, memory=replace(xl.memory, num_emas=100))
-    row = tiny.compute_row(Case(Layout(1, "none"), 4, 0))
+    many_emas = xl.parameters._replace(emas=100 * xl.parameters.backbone)
+    scenario = replace(xl, memory=replace(xl.memory, parameters=many_emas))
+    row = scenario.compute_row(Case(Layout(1, "none"), 4, 0))
     assert (row["limit"], row["micro_batch"]) == ("memory", 1)
 
 
@@ -221,6 +226,10 @@ def test_micro_batches_fit_into_the_memory(xl):
             ["--measured", RESULTS / "checkpoint-b2-cpu.json"],
             "this is not a result of benchmarks.train_step on one of H100, H200",
         ),
+        (
+            ["--measured", RESULTS / "sampling-xl2-10steps-h200.json"],
+            "this is not a result of benchmarks.train_step on one of H100, H200",
+        ),
     ],
 )
 def test_invalid_flags_cause_one_line_errors(call, flags, message):
@@ -229,7 +238,7 @@ def test_invalid_flags_cause_one_line_errors(call, flags, message):
     assert message in out and len(out.strip().splitlines()) == 1
 
 
-def reproduce(call, command, tmp_path):
+def assert_reproduces(call, command, tmp_path):
     """Run a command of the page and compare its result with the stored one."""
     *flags, path = command[3:]
     assert flags.pop() == "--json"
@@ -259,13 +268,13 @@ def assert_close(result, stored):
 
 def test_a_command_of_the_page_reproduces_its_result(call, tmp_path):
     (command,) = (command for command in COMMANDS if "scaling-1-gpu" in command[-1])
-    reproduce(call, command, tmp_path)
+    assert_reproduces(call, command, tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
 def test_commands_of_the_page_reproduce_their_results(call, command, tmp_path):
-    reproduce(call, command, tmp_path)
+    assert_reproduces(call, command, tmp_path)
 
 
 def test_page_has_a_command_for_each_result():
@@ -300,6 +309,7 @@ def test_statements_of_the_page_about_8_64_and_512_gpus(model):
         assert on_8[shard]["step_s"] < on_8["none"]["step_s"]
         assert on_8[shard]["memory_gib"] < 0.525 * on_8["none"]["memory_gib"]
     assert all(computing_share(row) < 0.5 for row in on_64.values())
+    assert all(row["communication_s"] > row["compute_s"] for row in on_64.values())
     fastest = [max(row["images_per_s"] for row in rows.values()) for rows in (on_8, on_64)]
     assert fastest[1] < 3.7 * fastest[0]
     shares = [computing_share(row) for row in select(large, 64).values()]

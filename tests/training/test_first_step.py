@@ -1,11 +1,13 @@
-"""Test the report on the first step."""
+"""Test the report on the first step, and which compiled graphs a run loads."""
 
 from types import SimpleNamespace
 
 import torch
 
+from common.compile_cache import CompileCache
+from tests.training.steps import make_settings
 from training import first_step as first_step_module
-from training.first_step import FirstStep
+from training.first_step import FirstStep, load_compile_cache
 
 
 def test_first_step_is_reported_once_and_later_graphs_are_saved(monkeypatch):
@@ -26,3 +28,36 @@ def test_first_step_is_reported_once_and_later_graphs_are_saved(monkeypatch):
     assert messages == [expected]
     first_step.save()
     assert messages[1:] == ["the disk is full"]
+
+
+def test_run_loads_the_graphs_of_runs_with_the_same_settings(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    loaded = []
+    monkeypatch.setattr(CompileCache, "load", lambda cache: loaded.append(cache.path))
+
+    def load(*flags, num_processes=2, width=128):
+        settings = make_settings(tmp_path, "--output-dir", tmp_path, *flags)
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"),
+            num_processes=num_processes,
+            process_index=1,
+            local_process_index=1,
+        )
+        config = {"model": {"width": width}, "align": []}
+        path = load_compile_cache(settings, accelerator, config).path
+        assert loaded[-1] == path
+        return path
+
+    path = load("--compile")
+    assert path.parent == tmp_path / ".compile-cache" and path.name.endswith("-1")
+    # Flags that do not affect the step have no effect on the file.
+    assert load("--compile", "--log-every", 7) == path
+    others = [
+        load("--compile", "--batch-size", 16),
+        load("--compile", "--gradient-accumulation-steps", 2),
+        load("--compile", "--prediction", "x"),
+        load("--compile", num_processes=4),
+        load("--compile", width=256),
+    ]
+    assert len({path, *others}) == 6
+    assert load() is None
