@@ -25,8 +25,7 @@ from checkpointing.storage import list_checkpoints
 from common import cli
 from training.checkpoints import CheckpointWriter
 from training.resume import build_config_json
-from training.setup import build_state
-from training.state import TrainState
+from training.state import TrainState, build_state
 
 POLL_SECONDS = 0.001  # interval of the loop that detects pauses
 

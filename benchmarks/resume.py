@@ -22,9 +22,10 @@ from benchmarks.variants import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints, verify_checkpoint
 from common import cli
 from training.checkpoints import CheckpointWriter
+from training.config import SHARD_MODES
 from training.resume import build_config_json
-from training.setup import build_state, initialize_sharded_state
-from training.sharding import SHARD_MODES, make_sharding
+from training.sharding import make_sharding
+from training.state import build_state, initialize_sharded_state
 
 
 def count_read_bytes() -> int:
@@ -54,7 +55,7 @@ def main() -> None:
     build_arguments = (plan.network, plan.align, settings.optimizer, settings.device, 0, device)
     state = build_state(*build_arguments, sharding)
     if sharding:
-        initialize_sharded_state(state, plan.network, plan.align, seed=0)
+        initialize_sharded_state(state, plan.align, seed=0)
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     state.optimizer.step()

@@ -32,9 +32,9 @@ from training.config import (
     resolve_precision,
 )
 from training.guard import NonFiniteGuard
-from training.setup import build_state, initialize_sharded_state, open_cache
+from training.setup import open_cache
 from training.sharding import Sharding, make_sharding
-from training.state import TrainState
+from training.state import TrainState, build_state, initialize_sharded_state
 from training.throughput import training_flops
 
 
@@ -172,7 +172,7 @@ def build_sharded_step(plan: Plan, accelerator: Accelerator) -> Step:
     dtype = autocast_dtype(accelerator.mixed_precision)
     sharding = make_sharding(plan.settings.device.shard, accelerator, dtype)
     state = build_plan_state(plan, accelerator.device, sharding)
-    initialize_sharded_state(state, plan.network, plan.align, plan.settings.run.seed)
+    initialize_sharded_state(state, plan.align, plan.settings.run.seed)
     return build_step(plan, accelerator, state)
 
 
