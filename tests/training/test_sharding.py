@@ -21,6 +21,7 @@ from common.cli import UserError
 from common.metrics_log import read_rows
 from dataset import TrainingStream
 from latents.cache import LatentCache
+from models.sit import PRESETS, SiTBlock
 from tests.helpers import (
     ONE_THREAD,
     ROOT,
@@ -211,9 +212,13 @@ def start_session(command: list[str]) -> subprocess.Popen:
 def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monkeypatch):
     """A compiled, sharded run with a teacher has the losses of a plain run."""
     compile_function = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_function(f, **options, backend="eager")
-    )
+    compiled_modules = []
+
+    def compile_eagerly(function, **options):
+        compiled_modules.append(getattr(function, "__self__", None))
+        return compile_function(function, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     losses = []
     for name, extra in {"plain": [], "compiled": ["--shard", "full", "--compile"]}.items():
         flags = train_flags(cache, tmp_path, name, "--align", "sra2", "sra", *extra)
@@ -221,6 +226,8 @@ def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monke
         assert code == 0, printed
         losses.append([row["loss"] for row in read_rows(tmp_path / name)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    num_compiled_blocks = sum(isinstance(module, SiTBlock) for module in compiled_modules)
+    assert num_compiled_blocks == 2 * PRESETS["SiT-Ti/2"]["depth"]  # of the network and its EMA
 
 
 def test_fp16_overflow_skips_the_update_of_a_sharded_network(cache, process_group):
