@@ -168,8 +168,7 @@ class Step:
         # seed and the position in the stream.
         inputs = self.sample_inputs(batch)
 
-        # Run forward and backward for each micro-batch. The last backward pass all-reduces the
-        # gradients.
+        # Run forward and backward for each micro-batch, and reduce the gradients in the last one.
         scalar_mean = ScalarMean()
         for i, micro_batch in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
@@ -195,13 +194,13 @@ class Step:
         return {**means, "grad_norm": grad_norm}, is_finite
 
     def reduce_gradients(self, is_last: bool) -> AbstractContextManager:
-        """Return the context of a backward pass; the last one all-reduces the gradients."""
+        """Return the context of a backward pass. The last one of a step reduces the gradients."""
         if not is_last or self.accelerator.num_processes == 1:
             return nullcontext()
         return waiting_for_processes("the gradients of the other processes")
 
     def accumulate_gradients(self) -> AbstractContextManager:
-        """Return the context of the other micro-batches, which do not communicate."""
+        """Return the context of a micro-batch whose gradients are not reduced."""
         if self.state.sharding:
             return self.state.sharding.no_sync(self.model)
         return self.accelerator.no_sync(self.model)

@@ -23,8 +23,9 @@ from benchmarks.variants import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints, verify_checkpoint
 from common import cli
 from training.checkpoints import CheckpointWriter
+from training.config import SHARD_MODES
 from training.resume import build_config_json
-from training.sharding import SHARD_MODES, make_sharding
+from training.sharding import make_sharding
 
 
 def count_read_bytes() -> int:

@@ -32,9 +32,9 @@ from training.config import (
     resolve_precision,
 )
 from training.guard import NonFiniteGuard
-from training.setup import build_state, initialize_sharded_state, open_cache
+from training.setup import open_cache
 from training.sharding import Sharding, make_sharding
-from training.state import TrainState
+from training.state import TrainState, build_state, initialize_sharded_state
 from training.throughput import training_flops
 
 
@@ -169,7 +169,7 @@ def build_trained_state(
     """Build the state of a run after an update with zero gradients, with optimizer moments."""
     state = build_plan_state(plan, device, sharding)
     if sharding:
-        initialize_sharded_state(state, plan.network, plan.align, plan.settings.run.seed)
+        initialize_sharded_state(state, plan.align, plan.settings.run.seed)
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     state.optimizer.step()
@@ -186,7 +186,7 @@ def build_sharded_step(plan: Plan, accelerator: Accelerator) -> Step:
     dtype = autocast_dtype(accelerator.mixed_precision)
     sharding = make_sharding(plan.settings.device.shard, accelerator, dtype)
     state = build_plan_state(plan, accelerator.device, sharding)
-    initialize_sharded_state(state, plan.network, plan.align, plan.settings.run.seed)
+    initialize_sharded_state(state, plan.align, plan.settings.run.seed)
     return build_step(plan, accelerator, state)
 
 

@@ -50,9 +50,8 @@ from common import cli
 from common.cli import UserError
 from models.flops import backbone_flops
 from models.sit import PRESETS
-from training.config import autocast_dtype
+from training.config import SHARD_MODES, autocast_dtype
 from training.peak_rates import PEAK_TFLOPS
-from training.sharding import SHARD_MODES
 from training.throughput import training_flops
 
 GIB = 2**30

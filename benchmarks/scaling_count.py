@@ -32,8 +32,8 @@ from benchmarks.table import TABLES
 from benchmarks.variants import StepConfig, make_plan, make_random_batch
 from common import cli
 from models.sit import PRESETS
-from training.config import autocast_dtype
-from training.sharding import SHARD_MODES, Sharding
+from training.config import SHARD_MODES, autocast_dtype
+from training.sharding import Sharding
 
 
 class CopiableFakeTensorMode(FakeTensorMode):

@@ -17,6 +17,7 @@ from latents.manifest import Manifest
 from models.sit import PRESETS
 from models.targets import TARGETS
 from training.config import (
+    SHARD_MODES,
     DeviceConfig,
     LoopConfig,
     ModelConfig,
@@ -24,7 +25,6 @@ from training.config import (
     check_compiler,
     parse_settings,
 )
-from training.sharding import SHARD_MODES
 
 
 def parse_variant(text: str) -> str:

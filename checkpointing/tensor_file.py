@@ -1,17 +1,18 @@
 """Read tensors, or some of their rows, from .safetensors files without memory maps.
 
-A process therefore needs host memory only for the rows that it reads, and reading a truncated file
-raises an error.
-Rows are indices of the first dimension.
+Rows are indices of the first dimension. A process needs host memory only for the rows that it
+reads, and reading a truncated file raises an error.
 """
 
-import errno
 import json
+import math
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from common.files import read_at
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,7 +43,6 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             header_size = int.from_bytes(file.read(8), "little")
@@ -74,24 +74,11 @@ class TensorFile:
         dtype = DTYPES[entry["dtype"]]
         offset = self._data_offset + entry["data_offsets"][0]
         if count is not None:
-            row_size = dtype.itemsize
-            for size in shape[1:]:
-                row_size *= size
-            offset += first * row_size
+            offset += first * math.prod(shape[1:]) * dtype.itemsize
             shape[0] = count
         tensor = torch.empty(shape, dtype=dtype)
-        self._read_into(tensor, offset)
+        read_at(self._descriptor, offset, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor
-
-    def _read_into(self, tensor: Tensor, offset: int) -> None:
-        # A call reads at most 2 GB.
-        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
-        while buffer:
-            num_read = os.preadv(self._descriptor, [buffer], offset)
-            if not num_read:
-                raise OSError(errno.EIO, "the file is truncated", str(self.path))
-            buffer = buffer[num_read:]
-            offset += num_read
 
 
 class StoredTensors:
@@ -149,5 +136,8 @@ def part_name(name: str, index: int, count: int) -> str:
 def find_parts(folder: Path, name: str) -> list[Path]:
     """Return the file `name` in a folder, or the files that hold its parts if it does not exist."""
     path = folder / name
-    parts = sorted(folder.glob(f"{path.stem}-*-of-*.safetensors"))
-    return parts if parts and not path.exists() else [path]
+    if not path.exists():
+        parts = list(folder.glob(f"{path.stem}-*-of-*.safetensors"))
+        if parts:
+            return parts
+    return [path]

@@ -1,4 +1,4 @@
-"""Write files atomically, append whole lines to text files, and lock and hash files."""
+"""Write files atomically, append whole lines to text files, and read, lock and hash files."""
 
 import errno
 import fcntl
@@ -279,6 +279,20 @@ def sha256(path: Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_at(descriptor: int, position: int, buffer: memoryview) -> None:
+    """Fill a buffer of bytes from an open file. Several threads may read from the same file.
+
+    Raises:
+        OSError: The disk failed, or the file was truncated after it was opened.
+    """
+    while buffer:  # a single call reads at most 2 GB
+        count = os.preadv(descriptor, [buffer], position)
+        if not count:
+            raise OSError(errno.EIO, "the file was truncated after it was opened")
+        buffer = buffer[count:]
+        position += count
 
 
 def _list_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:

@@ -4,7 +4,6 @@ If a file is truncated or its disk fails while it is mapped, the kernel kills th
 "Bus error". A read raises OSError instead, and does not block other threads.
 """
 
-import errno
 import os
 import threading
 import tokenize
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+from common.files import read_at
 
 # Python 3.11 may raise a SystemError if threads parse literals at the same time.
 _parsing = threading.Lock()
@@ -125,15 +126,9 @@ class NpyFile:
         """
         position = self._offset + start * self._row_bytes
         num_read = os.preadv(self._descriptor, [out.data], position) if out.nbytes else 0
-        if num_read == out.nbytes:
-            return
-        # A single call reads at most 2 GB.
-        buffer = out.data.cast("B")
-        while num_read < out.nbytes:
-            count = os.preadv(self._descriptor, [buffer[num_read:]], position + num_read)
-            if not count:
-                raise OSError(errno.EIO, "the file was truncated after it was opened")
-            num_read += count
+        if num_read < out.nbytes:
+            buffer = out.data.cast("B")[num_read:]
+            read_at(self._descriptor, position + num_read, buffer)
 
     def is_truncated(self) -> bool:
         """Return whether the file is now shorter than the array."""

@@ -221,6 +221,11 @@ class SiT(nn.Module):
                 zero_parameters(module.adaLN_modulation)
         zero_parameters(self.final_layer.linear)
 
+    def compile_blocks(self) -> None:
+        """Compile one block. All blocks use the compiled code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """Assemble patches (B, N, p * p * C) into latents (B, C, H, W)."""
         grid = self.config.grid_size

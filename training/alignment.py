@@ -224,8 +224,7 @@ def copy_with_compiled_blocks(network: SiT) -> SiT:
     """
     tensors = (*network.parameters(), *network.buffers())
     compiled = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-    for block in compiled.blocks:
-        block.compile(dynamic=False)
+    compiled.compile_blocks()
     return compiled
 
 

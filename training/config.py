@@ -23,10 +23,10 @@ from training.alignment_config import (
     add_alignment_flags,
     resolve_alignments,
 )
-from training.sharding import SHARD_MODES
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
+SHARD_MODES = ("none", "optimizer", "full", "hybrid")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -6,11 +6,14 @@ not occupy the GPU, before they continue with collectives of training.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from common.cli import UserError
 from common.processes import create_gloo_group
 from common.watchdog import waiting_for_processes
 from training.config import DeviceConfig
@@ -63,6 +66,21 @@ def broadcast_object(value: Any, description: str) -> Any:
 def wait_for_all(description: str) -> None:
     """Wait until every process has called this."""
     gather_objects(None, description)
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """End all processes if the block fails on one of them.
+
+    If it may fail on only some processes, the block must contain no collective.
+    """
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as setup_error:
+        error = setup_error
+    if any(gather_objects(error is not None)):
+        raise error or SystemExit(2)  # the process that failed prints the reason
 
 
 def _get_group() -> dist.ProcessGroup:

@@ -1,10 +1,7 @@
-"""Build the objects of a run from its settings: networks, targets, log, previews, evaluation."""
+"""Prepare a run: check its settings, find where it stopped, and build its objects."""
 
-import copy
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,176 +9,48 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from checkpointing.storage import (
-    CheckpointError,
-    RunOwner,
-    lock_run,
-    read_config,
-    verify_checkpoint,
-)
 from common.cli import UserError, format_flags, print_warning
 from common.config import record_flags
 from common.files import write_file
 from common.log_file import logging_to
 from common.logs import get_logger
-from common.watchdog import waiting_for_processes
 from latents.cache import CacheError, LatentCache
-from latents.manifest import Manifest
 from latents.remote.local_copy import resolve_local_cache
-from latents.sources import copy_moments
-from models.flops import backbone_flops
-from models.labels import TrainedLabels, describe_empty_classes
-from models.projector import AlignedSiT
-from models.sit import SiT, SiTConfig
-from models.targets import CacheInfo
-from training.alignment import (
-    Alignment,
-    build_aligned_network,
-    describe_alignment,
-    load_alignments,
-    make_cache_info,
-    make_run_context,
-    plan_alignments,
-    required_cache_inputs,
-    restore_settings,
-)
+from training.alignment import Alignment
 from training.config import (
     DataConfig,
-    DeviceConfig,
     LogConfig,
     LoopConfig,
     ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    PeriodicEvaluationConfig,
-    PreviewConfig,
     Settings,
     autocast_dtype,
-    build_network_config,
     check_batch_size,
     resolve_num_steps,
 )
-from training.coordination import broadcast_object, gather_objects, wait_for_all
-from training.evaluation import Evaluator
+from training.coordination import broadcast_object, fail_together, gather_objects
+from training.description import describe_run
 from training.first_step import FirstStep, load_compile_cache
 from training.guard import NonFiniteGuard
 from training.joint_work import gather_on_first
 from training.log import Console, MetricMeans, RunLog, log_start, make_log_path
 from training.monitors import Monitors, restore_failures, run_trials
+from training.networks import Networks, build_networks, set_weights
 from training.peak_rates import find_peak_rate
-from training.preview import Preview, load_vae
 from training.rank_check import check_records, make_cache_record
 from training.resume import (
     RunPosition,
     build_args_json,
-    build_config_json,
     check_cache,
-    check_same_alignment,
-    check_same_data,
     check_same_run,
     find_position,
 )
-from training.sharding import Sharding, make_sharding
+from training.sharding import make_sharding
 from training.shared_files import wait_for_files
 from training.state import TrainState
 from training.throughput import Throughput, mean_training_flops, measure_matmul_rate
 from training.trackers import Trackers
 
 logger = get_logger(__name__)
-
-
-def build_state(
-    network: SiTConfig,
-    align: list[dict],
-    optimizer: OptimizerConfig,
-    options: DeviceConfig,
-    seed: int,
-    device: torch.device,
-    sharding: Sharding | None = None,
-) -> TrainState:
-    """Build the networks and the optimizer at step 0.
-
-    If the state is sharded, its weights are undefined until `initialize_sharded_state` is called.
-
-    Args:
-        network: Architecture of the backbone.
-        align: The "align" list of config.json, which describes the heads.
-        optimizer: Settings of AdamW and the EMAs.
-        options: Whether to compile, and to checkpoint activations.
-        seed: Seed of the initial weights.
-        device: Device of the state.
-        sharding: How the state is sharded; None if each process holds all of it.
-    """
-    if sharding is None:
-        model = build_initial_network(network, align, seed).to(device)
-    else:
-        with torch.device("meta"):
-            model = build_initial_network(network, align, seed)
-    backbone = model.backbone
-    emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
-    if options.activation_checkpointing:
-        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
-    if options.compile:
-        if sharding:  # only a teacher runs a sharded EMA; previews use unsharded copies
-            for block in emas[0].blocks:
-                block.compile(dynamic=False)
-        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
-        torch._dynamo.config.optimize_ddp = False
-        # The EMAs are not compiled, because they are evaluated with different batch shapes.
-        for block in backbone.blocks:
-            block.compile(dynamic=False)
-    if sharding:
-        sharding.apply(model, emas)
-    adamw = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=optimizer.learning_rate,
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        weight_decay=optimizer.adam_weight_decay,
-        eps=optimizer.adam_epsilon,
-        fused=True,
-    )
-    return TrainState(model, emas, adamw, sharding=sharding)
-
-
-def build_initial_network(network: SiTConfig, align: list[dict], seed: int) -> AlignedSiT:
-    """Build the network of a run with its initial weights.
-
-    Args:
-        network: Architecture of the backbone.
-        align: The "align" list of config.json, which describes the heads.
-        seed: Seed of the weights.
-    """
-    torch.manual_seed(seed)
-    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
-    return build_aligned_network(backbone, align)
-
-
-def initialize_sharded_state(
-    state: TrainState, network: SiTConfig, align: list[dict], seed: int
-) -> None:
-    """Give a sharded state the initial weights of an unsharded one. All processes must call this.
-
-    Only the first process builds the whole network, in host memory.
-    """
-    sharding = state.sharding
-    assert sharding is not None
-    whole = build_initial_network(network, align, seed) if sharding.rank == 0 else None
-    wait_for_all("the first process to initialize the weights")
-    sharding.copy_from_first_process(state.model, whole)
-    for ema in state.emas:
-        ema.load_state_dict(state.model.backbone.state_dict())
-
-
-class Networks(NamedTuple):
-    """Parts of a run whose construction may fail on one process only."""
-
-    config: dict  # contents of config.json
-    cache_info: CacheInfo
-    state: TrainState
-    alignments: dict[str, Alignment]
-    preview: Preview | None
-    evaluator: Evaluator | None
-    owner: RunOwner | None  # None on all processes but the first
 
 
 class Run(NamedTuple):
@@ -359,190 +228,6 @@ def open_cache(data: DataConfig, model: ModelConfig, make_copies: bool = True) -
     return cache
 
 
-def copy_held_out_cache(
-    evaluation: PeriodicEvaluationConfig, data: DataConfig
-) -> PeriodicEvaluationConfig:
-    """Replace a remote --eval-latents by its local copy, if there is space for one."""
-    if not isinstance(evaluation.latents, str):
-        return evaluation
-    try:
-        latents = copy_moments(evaluation.latents, resolve_local_cache(data.local_cache))
-    except CacheError as error:
-        raise UserError(f"--eval-latents: {error}") from None
-    return replace(evaluation, latents=latents)
-
-
-@contextmanager
-def fail_together() -> Iterator[None]:
-    """End all processes if the block fails on one of them.
-
-    If it may fail on only some processes, the block must contain no collective.
-    """
-    error: UserError | None = None
-    try:
-        yield
-    except UserError as setup_error:
-        error = setup_error
-    if any(gather_objects(error is not None)):
-        raise error or SystemExit(2)  # the process that failed prints the reason
-
-
-def build_networks(
-    settings: Settings,
-    accelerator: Accelerator,
-    cache: LatentCache,
-    position: RunPosition,
-    resources: ExitStack,
-    sharding: Sharding | None,
-) -> Networks:
-    """Build everything that may fail on one process only; contains no collective.
-
-    Args:
-        settings: Settings of the run.
-        accelerator: The accelerator.
-        cache: The latent cache.
-        position: Position at which the run stopped.
-        resources: Receives the lock of the run folder.
-        sharding: How the networks are sharded; None if each process holds them.
-    """
-    manifest = cache.manifest
-    folder = settings.run.folder
-    checkpoint = position.checkpoints[-1] if position.checkpoints else None
-    images_per_class: list[int] | None = cache.images_per_class
-    if checkpoint:
-        with suppress(CheckpointError):  # a damaged checkpoint is reported by verify_checkpoint
-            stored_config = read_config(checkpoint)
-            alignments = restore_settings(settings.alignments, stored_config.get("align", []))
-            settings = settings._replace(alignments=alignments)
-            # All checkpoints of a run are sampled with the same classes.
-            if "images_per_class" not in stored_config.get("data", {}):
-                images_per_class = None
-    network = build_network_config(settings.model, manifest)
-    cache_info = make_cache_info(manifest, cache.read_feature_metadata())
-    align = plan_alignments(settings.alignments, network, cache_info)
-    config = build_config_json(settings, network, align, manifest, images_per_class)
-
-    preview, evaluator = build_preview_and_evaluator(
-        settings.preview,
-        copy_held_out_cache(settings.evaluation, settings.data),
-        settings.objective,
-        settings.run.seed,
-        accelerator,
-        manifest,
-        TrainedLabels.from_config(config),
-    )
-    owner = None
-    if accelerator.is_main_process:
-        owner = resources.enter_context(lock_run(folder, position.checkpoints))
-    state = build_state(
-        network,
-        align,
-        settings.optimizer,
-        settings.device,
-        settings.run.seed,
-        accelerator.device,
-        sharding,
-    )
-    context = make_run_context(
-        state.emas[0],
-        settings.objective.path_type,
-        accelerator.autocast,
-        settings.device.compile,
-    )
-    loaded_alignments = load_alignments(settings.alignments, align, cache_info, context)
-    for name in required_cache_inputs(loaded_alignments):
-        cache.require_folder(name)
-    return Networks(config, cache_info, state, loaded_alignments, preview, evaluator, owner)
-
-
-def set_weights(
-    networks: Networks, settings: Settings, accelerator: Accelerator, checkpoints: list[Path]
-) -> None:
-    """Restore the newest checkpoint, or initialize a sharded state. All processes must call this.
-
-    A state that is not sharded has its initial weights already.
-    """
-    state = networks.state
-    if checkpoints:
-        restore_checkpoint(networks, settings, accelerator, checkpoints[-1])
-    elif state.sharding:
-        network = state.model.backbone.config
-        initialize_sharded_state(state, network, networks.config["align"], settings.run.seed)
-
-
-def restore_checkpoint(
-    networks: Networks, settings: Settings, accelerator: Accelerator, checkpoint: Path
-) -> None:
-    """Restore the state of a run. All processes must call this.
-
-    Each process verifies some of the files. If the state is sharded, each process reads its rows.
-    Otherwise, only the first process reads the tensors and sends them to the others.
-
-    Args:
-        networks: The networks of the run.
-        settings: Settings of the run.
-        accelerator: The accelerator.
-        checkpoint: Folder of the checkpoint.
-    """
-    state = networks.state
-    share = (accelerator.process_index, accelerator.num_processes)
-    with fail_together():
-        progress = verify_checkpoint(checkpoint, share)
-    with fail_together():
-        config = read_config(checkpoint)
-        check_same_data(settings.data, settings.run.folder, config, networks.config)
-        check_same_alignment(settings.run.folder, config.get("align", []), networks.config["align"])
-        reads_tensors = state.sharding is not None or accelerator.is_main_process
-        state.load(checkpoint, progress, reads_tensors)
-    if state.sharding is None and accelerator.num_processes > 1:
-        with waiting_for_processes("the first process to read the checkpoint", is_slow=True):
-            state.broadcast_from_first_process()
-    if accelerator.scaler is not None and "scaler" in state.progress:
-        accelerator.scaler.load_state_dict(state.progress["scaler"])
-
-
-def build_preview_and_evaluator(
-    preview_config: PreviewConfig,
-    evaluation_config: PeriodicEvaluationConfig,
-    objective: ObjectiveConfig,
-    seed: int,
-    accelerator: Accelerator,
-    manifest: Manifest,
-    trained_labels: TrainedLabels,
-) -> tuple[Preview | None, Evaluator | None]:
-    """Build the preview and the evaluator; None if they are disabled."""
-    has_preview = preview_config.every > 0
-    has_evaluation = evaluation_config.every > 0
-    preview, evaluator = None, None
-    if has_preview or has_evaluation:
-        vae = load_vae(preview_config.vae, manifest, accelerator.device)
-        dtype = autocast_dtype(accelerator.mixed_precision)
-    if has_preview:
-        preview = Preview(
-            vae,
-            manifest.class_names,
-            trained_labels,
-            preview_config.cfg_scale,
-            objective,
-            seed,
-            dtype,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-    if has_evaluation:
-        evaluator = Evaluator(
-            evaluation_config,
-            objective,
-            vae,
-            manifest,
-            trained_labels,
-            dtype,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-    return preview, evaluator
-
-
 def open_log(
     folder: Path,
     loop: LoopConfig,
@@ -605,71 +290,3 @@ def open_log(
     )
     log.restore(state.step, state.progress)
     return log
-
-
-def describe_run(
-    settings: Settings, accelerator: Accelerator, cache: LatentCache, networks: Networks
-) -> list[str]:
-    """Return messages about the networks, the batch, the data and the labels of a run."""
-    networks_text = f"{settings.model.model}: {describe_networks(networks)}"
-    loop_text = describe_loop(settings.loop, settings.objective, accelerator, cache)
-    messages = [f"{networks_text}\n{loop_text}"]
-    if networks.state.sharding:
-        messages.append(networks.state.sharding.describe())
-    return messages + describe_labels(networks.config, cache, settings.preview)
-
-
-def describe_networks(networks: Networks) -> str:
-    """Return a line about the backbone, and one about each alignment method."""
-    model = networks.state.model
-    num_parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    flops = backbone_flops(model.backbone.config)
-    backbone = (
-        f"{num_parameters / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
-        f"({flops / 2e9:.4g} GMAC) forward"
-    )
-    method_lines = [
-        describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
-    ]
-    return "\n".join([backbone, *(method_lines or ["no alignment"])])
-
-
-def describe_loop(
-    loop: LoopConfig, objective: ObjectiveConfig, accelerator: Accelerator, cache: LatentCache
-) -> str:
-    """Return a line about the batch, and one about the data."""
-    num_processes = accelerator.num_processes
-    accumulation = loop.gradient_accumulation_steps
-    local_batch_size = loop.batch_size // num_processes // accumulation
-    epochs = loop.num_steps * loop.batch_size / len(cache)
-    return (
-        f"global batch {loop.batch_size} = {num_processes} (processes) x {local_batch_size} "
-        f"(local) x {accumulation} (accumulated) on {accelerator.device.type}, precision "
-        f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
-        f"{objective.path_type} path, {objective.weighting} timesteps\n"
-        f"{len(cache):,} images per epoch, {cache.manifest.num_classes} classes; "
-        f"{loop.num_steps:,} steps are {epochs:.1f} epochs"
-    )
-
-
-def describe_labels(config: dict, cache: LatentCache, preview: PreviewConfig) -> list[str]:
-    """Return notes about classes without images, and about previews that cannot be guided.
-
-    Args:
-        config: Contents of config.json.
-        cache: The latent cache.
-        preview: Settings of the previews.
-    """
-    lines = []
-    trained_labels = TrainedLabels.from_config(config)
-    empty_classes = describe_empty_classes(cache.images_per_class, cache.manifest.class_names)
-    if empty_classes and trained_labels.images_per_class is None:
-        empty_classes += ", except in this run, which an older version started"
-    if empty_classes:
-        lines.append(f"the cache has {empty_classes}")
-    if preview.every and preview.cfg_scale > 1 and not trained_labels.has_null_class:
-        lines.append(
-            f"previews are drawn without guidance (--preview-cfg-scale {preview.cfg_scale:g} is "
-            "ignored), because --cfg-prob 0 does not train the null class"
-        )
-    return lines

@@ -5,6 +5,7 @@ of a block are gathered before the block runs. Sharded tensors are DTensors with
 shapes as without sharding.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,7 @@ from common.cli import UserError
 from common.watchdog import waiting_for_processes
 from models.projector import AlignedSiT
 from models.sit import SiT
-
-SHARD_MODES = ("none", "optimizer", "full", "hybrid")
+from training.coordination import gather_objects
 
 
 class Rows(NamedTuple):
@@ -136,7 +136,7 @@ class Sharding:
         """
         if not isinstance(tensor, DTensor):
             return Rows(tensor, 0)
-        num_rows_per_shard = -(-tensor.shape[0] // self.num_shards)
+        num_rows_per_shard = math.ceil(tensor.shape[0] / self.num_shards)
         first = min(self.shard_index * num_rows_per_shard, tensor.shape[0])
         return Rows(tensor.to_local(), first)
 
@@ -159,7 +159,7 @@ class Sharding:
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Accumulate the gradients of the block on this process, without reducing them.
+        """Accumulate the gradients on this process, without reducing them.
 
         With `--shard optimizer`, the parameters also stay gathered for the next micro-batch.
         """
@@ -214,11 +214,10 @@ def count_nodes() -> int:
     Raises:
         UserError: The nodes have different sizes, or the launcher does not state them.
     """
-    num_processes = dist.get_world_size()
+    sizes = gather_objects(os.environ.get("LOCAL_WORLD_SIZE"))
+    num_processes = len(sizes)
     if num_processes == 1:
         return 1
-    sizes: list = [None] * num_processes
-    dist.all_gather_object(sizes, os.environ.get("LOCAL_WORLD_SIZE"))
     if None in sizes:
         raise UserError(
             "--shard hybrid needs LOCAL_WORLD_SIZE, the number of processes on this node; start "

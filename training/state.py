@@ -1,5 +1,6 @@
-"""Hold the state of a training run, and restore it from a checkpoint."""
+"""Build the state of a training run, and restore it from a checkpoint."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from checkpointing.storage import convert_errors, ema_filename, read_config
 from checkpointing.tensor_file import StoredTensors, find_parts
 from models.projector import AlignedSiT
-from models.sit import SiT
+from models.sit import SiT, SiTConfig
+from training.alignment import build_aligned_network
+from training.config import DeviceConfig, OptimizerConfig
+from training.coordination import wait_for_all
 from training.sharding import Rows, Sharding
 
 
@@ -112,6 +116,87 @@ class TrainState:
 def _open(checkpoint: Path, name: str) -> StoredTensors:
     with convert_errors(checkpoint / name):
         return StoredTensors(find_parts(checkpoint, name))
+
+
+def build_state(
+    network: SiTConfig,
+    align: list[dict],
+    optimizer: OptimizerConfig,
+    options: DeviceConfig,
+    seed: int,
+    device: torch.device,
+    sharding: Sharding | None = None,
+) -> TrainState:
+    """Build the networks and the optimizer at step 0.
+
+    If the state is sharded, its weights are undefined until `initialize_sharded_state` is called.
+
+    Args:
+        network: Architecture of the backbone.
+        align: The "align" list of config.json, which describes the heads.
+        optimizer: Settings of AdamW and the EMAs.
+        options: Whether to compile, and to checkpoint activations.
+        seed: Seed of the initial weights.
+        device: Device of the state.
+        sharding: How the state is sharded; None if each process holds all of it.
+    """
+    if sharding is None:
+        model = build_initial_network(network, align, seed).to(device)
+    else:
+        with torch.device("meta"):
+            model = build_initial_network(network, align, seed)
+    backbone = model.backbone
+    emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
+    if options.activation_checkpointing:
+        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
+    if options.compile:
+        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
+        torch._dynamo.config.optimize_ddp = False
+        backbone.compile_blocks()
+        # Previews and evaluations run the EMAs with other batch shapes. If the state is sharded,
+        # they use unsharded copies, and only a teacher runs the EMA itself.
+        if sharding:
+            emas[0].compile_blocks()
+    if sharding:
+        sharding.apply(model, emas)
+    adamw = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=optimizer.learning_rate,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        weight_decay=optimizer.adam_weight_decay,
+        eps=optimizer.adam_epsilon,
+        fused=True,
+    )
+    return TrainState(model, emas, adamw, sharding=sharding)
+
+
+def build_initial_network(network: SiTConfig, align: list[dict], seed: int) -> AlignedSiT:
+    """Build the network of a run with its initial weights.
+
+    Args:
+        network: Architecture of the backbone.
+        align: The "align" list of config.json, which describes the heads.
+        seed: Seed of the weights.
+    """
+    torch.manual_seed(seed)
+    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
+    return build_aligned_network(backbone, align)
+
+
+def initialize_sharded_state(state: TrainState, align: list[dict], seed: int) -> None:
+    """Give a sharded state the initial weights of an unsharded one. All processes must call this.
+
+    Only the first process builds the whole network, in host memory.
+    """
+    sharding = state.sharding
+    assert sharding is not None
+    whole = None
+    if sharding.rank == 0:
+        whole = build_initial_network(state.model.backbone.config, align, seed)
+    wait_for_all("the first process to initialize the weights")
+    sharding.copy_from_first_process(state.model, whole)
+    for ema in state.emas:
+        ema.load_state_dict(state.model.backbone.state_dict())
 
 
 class EMA:

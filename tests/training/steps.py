@@ -19,8 +19,8 @@ from training.alignment import (
 )
 from training.config import Settings, build_network_config, parse_settings
 from training.guard import NonFiniteGuard
-from training.setup import build_state, initialize_sharded_state
 from training.sharding import make_sharding
+from training.state import build_state, initialize_sharded_state
 
 
 def make_settings(cache: Path, *flags: Any) -> Settings:
@@ -56,7 +56,7 @@ def make_step(
         network, align, settings.optimizer, settings.device, settings.run.seed, device, sharding
     )
     if sharding:
-        initialize_sharded_state(state, network, align, settings.run.seed)
+        initialize_sharded_state(state, align, settings.run.seed)
     context = make_run_context(
         state.emas[0], settings.objective.path_type, nullcontext, settings.device.compile
     )

@@ -262,19 +262,25 @@ def test_processes_share_the_images_of_a_preview(trained, vae_folder):
     assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
 
 
-def test_trial_preview_arranges_images_only_on_the_first_process(trained, vae_folder):
+def test_trial_preview_arranges_images_only_on_the_first_process(trained, vae_folder, monkeypatch):
+    """The other processes receive no images, so arranging them would fail."""
+    arrange, calls = count_calls([None])
+    monkeypatch.setattr(Preview, "_arrange", arrange)
     source = pretrained.load(trained)
-    preview = Preview(
-        Autoencoder(str(vae_folder), torch.device("cpu")),
-        source.class_names,
-        source.trained_labels,
-        cfg_scale=1.5,
-        objective=SimpleNamespace(path_type="linear", prediction="v"),
-        seed=0,
-        rank=1,
-        num_processes=2,
-    )
-    preview.try_out(source.model, lambda images: images[:0])
+    autoencoder = Autoencoder(str(vae_folder), torch.device("cpu"))
+    for rank, num_calls in ((1, 0), (0, 1)):
+        preview = Preview(
+            autoencoder,
+            source.class_names,
+            source.trained_labels,
+            cfg_scale=1.5,
+            objective=SimpleNamespace(path_type="linear", prediction="v"),
+            seed=0,
+            rank=rank,
+            num_processes=2,
+        )
+        preview.try_out(source.model, lambda images: images)
+        assert len(calls) == num_calls
 
 
 @pytest.mark.parametrize("killed_rank", [pytest.param(0, marks=pytest.mark.long), 1])

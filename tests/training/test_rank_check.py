@@ -137,10 +137,8 @@ def test_another_cache_is_reported_by_the_first_process(cache):
 
 
 def test_caches_are_compared_before_the_run_folder_is_created(call, cache, tmp_path, monkeypatch):
-    def gather_from_two_nodes(value):
-        if not isinstance(value, ProcessRecord):
-            return [value, value]
-        return [value, replace(value, rank=1, groups={"cache": {}})]
+    def gather_from_two_nodes(record):
+        return [record, replace(record, rank=1, groups={"cache": {}})]
 
     monkeypatch.setattr(setup, "gather_objects", gather_from_two_nodes)
     code, out = call(train, *train_flags(cache, tmp_path, "run"))

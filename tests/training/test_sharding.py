@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import train
@@ -22,6 +21,7 @@ from common.cli import UserError
 from common.metrics_log import read_rows
 from dataset import TrainingStream
 from latents.cache import LatentCache
+from models.sit import PRESETS, SiTBlock
 from tests.helpers import (
     ONE_THREAD,
     ROOT,
@@ -32,7 +32,7 @@ from tests.helpers import (
     train_flags,
 )
 from tests.training.steps import make_settings, make_step
-from training import checkpoints
+from training import checkpoints, sharding
 from training.checkpoints import SaveError, Snapshot, WrittenFile, write_checkpoint
 from training.preview import Preview
 from training.sharding import count_nodes
@@ -141,7 +141,7 @@ def test_one_sharded_process_equals_an_unsharded_one(
 @pytest.mark.parametrize(
     "starts",
     [
-        [(2, ["--shard", "full"], 2), (1, [], 3)],
+        [(1, [], 1), (2, ["--shard", "full"], 2), (1, [], 3)],
         pytest.param(
             [
                 (2, ["--shard", "full"], 1),
@@ -227,9 +227,13 @@ def start_session(command: list[str]) -> subprocess.Popen:
 def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monkeypatch):
     """A compiled, sharded run with a teacher has the losses of a plain run."""
     compile_function = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_function(f, **options, backend="eager")
-    )
+    compiled_modules = []
+
+    def compile_eagerly(function, **options):
+        compiled_modules.append(getattr(function, "__self__", None))
+        return compile_function(function, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     losses = []
     for name, extra in {"plain": [], "compiled": ["--shard", "full", "--compile"]}.items():
         flags = train_flags(cache, tmp_path, name, "--align", "sra2", "sra", *extra)
@@ -237,6 +241,8 @@ def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monke
         assert code == 0, printed
         losses.append([row["loss"] for row in read_rows(tmp_path / name)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    num_compiled_blocks = sum(isinstance(module, SiTBlock) for module in compiled_modules)
+    assert num_compiled_blocks == 2 * PRESETS["SiT-Ti/2"]["depth"]  # of the network and its EMA
 
 
 def test_fp16_overflow_skips_the_update_of_a_sharded_network(cache, process_group):
@@ -286,15 +292,12 @@ def test_checkpoint_is_incomplete_if_the_first_process_does_not_see_all_files(
     [
         (["2"] * 6, 3),
         (["4"] * 6, "6 processes are on nodes of 4; use --shard full"),
-        (["4"] * 4 + ["2"] * 2, "6 processes are on nodes of 2 and 4; use --shard full"),
+        (["4"] * 4 + ["2"] * 4, "8 processes are on nodes of 2 and 4; use --shard full"),
         (["2"] * 5 + [None], "needs LOCAL_WORLD_SIZE"),
     ],
 )
 def test_hybrid_sharding_needs_nodes_of_equal_size(monkeypatch, sizes, expected):
-    monkeypatch.setattr(dist, "get_world_size", lambda: len(sizes))
-    monkeypatch.setattr(
-        dist, "all_gather_object", lambda values, value: values.__setitem__(slice(None), sizes)
-    )
+    monkeypatch.setattr(sharding, "gather_objects", lambda value: sizes)
     if isinstance(expected, int):
         assert count_nodes() == expected
         return

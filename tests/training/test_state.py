@@ -24,7 +24,7 @@ from checkpointing.storage import (
 from checkpointing.tensor_file import StoredTensors
 from common.files import sha256
 from training import checkpoints as checkpoints_module
-from training import setup
+from training import networks as networks_module
 from training.checkpoints import CheckpointWriter, take_snapshot, write_checkpoint
 from training.state import EMA, TrainState
 
@@ -360,13 +360,13 @@ def test_processes_share_the_work_of_restoring(trained, monkeypatch, rank):
     """Each process verifies some of the files, and only the first one reads tensors."""
     (checkpoint,) = list_checkpoints(trained)
     calls = []
-    monkeypatch.setattr(setup, "verify_checkpoint", lambda _, share: calls.append(share))
+    monkeypatch.setattr(networks_module, "verify_checkpoint", lambda _, share: calls.append(share))
     state = SimpleNamespace(
         sharding=None,
         load=lambda checkpoint, progress, reads_tensors: calls.append(reads_tensors),
         broadcast_from_first_process=lambda: calls.append("broadcast"),
     )
-    setup.restore_checkpoint(
+    networks_module.restore_checkpoint(
         SimpleNamespace(state=state, config=read_config(checkpoint)),
         SimpleNamespace(data=None, run=SimpleNamespace(folder=trained)),
         SimpleNamespace(process_index=rank, num_processes=2, is_main_process=not rank, scaler=None),

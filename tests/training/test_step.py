@@ -17,7 +17,7 @@ from models.sit import SiTBlock
 from tests.training.steps import make_settings, make_step
 from training.alignment import make_cache_info, plan_alignments
 from training.config import build_network_config
-from training.setup import build_state
+from training.state import build_state
 
 META = torch.device("meta")
 
