@@ -7,6 +7,7 @@ If a file is truncated or its disk fails while it is mapped, the kernel kills th
 import os
 import threading
 import tokenize
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,15 +16,18 @@ import numpy as np
 
 from common.files import read_at
 
-# Python 3.11 may raise a SystemError if threads parse literals at the same time.
-_parsing = threading.Lock()
+# NumPy parses headers with `ast`, which may raise a SystemError in Python 3.11 if several threads
+# use it at the same time (https://github.com/python/cpython/issues/106905).
+_parser_lock = threading.Lock()
 
 
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, Fortran order and dtype. Raises ValueError if the header is damaged."""
     try:
-        version = np.lib.format.read_magic(file)  # reads the header into the buffer of the file
-        with _parsing:
+        # This fills the buffer of the file. Unless the header is longer than the buffer, no disk is
+        # read while the lock is held.
+        version = np.lib.format.read_magic(file)
+        with _parser_lock:
             if version == (1, 0):
                 return np.lib.format.read_array_header_1_0(file)
             return np.lib.format.read_array_header_2_0(file)
@@ -74,17 +78,58 @@ def read_npy_layout(file: IO[bytes], file_size: int) -> NpyLayout:
     return layout
 
 
-class NpyFile:
+class NpyRows(ABC):
     """An array in a .npy file, of which ranges of rows are read on demand.
 
     Args:
-        path: The file.
-        start: Position of the array in bytes, for a .npy file inside another file.
+        layout: The position and the format of the array.
 
     Attributes:
         shape: Shape of the array.
         dtype: Data type of the array.
         nbytes: Size of the array in bytes.
+    """
+
+    def __init__(self, layout: NpyLayout):
+        self.shape = layout.shape
+        self.dtype = layout.dtype
+        self.nbytes = layout.nbytes
+        self._offset = layout.offset
+        self._row_bytes = layout.row_bytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Read consecutive rows."""
+        start, stop, _ = rows.indices(len(self))
+        array = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        self.read_into(start, array)
+        return array
+
+    @abstractmethod
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Read consecutive rows into a contiguous array."""
+
+    @abstractmethod
+    def prefetch(self, row: int) -> None:
+        """Start to read a row in the background."""
+
+    @abstractmethod
+    def disable_read_ahead(self) -> None:
+        """Prepare for reading single rows in random order."""
+
+    @abstractmethod
+    def is_truncated(self) -> bool:
+        """Return whether the file is now shorter than the array."""
+
+
+class NpyFile(NpyRows):
+    """An array in a local .npy file.
+
+    Args:
+        path: The file.
+        start: Position of the array in bytes, for a .npy file inside another file.
 
     Raises:
         OSError: The file cannot be opened.
@@ -98,25 +143,11 @@ class NpyFile:
             file.seek(start)
             layout = read_npy_layout(file, os.fstat(file.fileno()).st_size)
             self._descriptor = os.dup(file.fileno())
-        self.shape = layout.shape
-        self.dtype = layout.dtype
-        self.nbytes = layout.nbytes
-        self._offset = layout.offset
-        self._row_bytes = layout.row_bytes
+        super().__init__(layout)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Read consecutive rows."""
-        start, stop, _ = rows.indices(len(self))
-        array = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
-        self.read_into(start, array)
-        return array
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Read consecutive rows into a contiguous array.

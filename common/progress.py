@@ -42,7 +42,7 @@ class ProgressBar(tqdm):
         self.line_seconds = line_seconds
         self.next_line_time = time.monotonic() + (line_seconds or 0.0)
         self.has_lines = False
-        # The argument `gui` tells tqdm that `display` and `clear` do not control a terminal.
+        # With `gui`, tqdm writes no control characters when a bar is created or closed.
         super().__init__(iterable, gui=self.writes_lines, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

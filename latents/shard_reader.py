@@ -5,42 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from common.cli import describe_read_error
 from common.lfs import describe_lfs_pointer
-from common.npy_file import NpyFile
+from common.npy_file import NpyFile, NpyRows
 from latents.manifest import CacheError
 
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that stalled on the disk
 MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have stalled on the disk
 ROW_OVERHEAD = 2e-6  # seconds per row that the loop takes in addition to the copy itself
-
-
-class RowReader(Protocol):
-    """An array of which ranges of rows are read on demand."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Read consecutive rows."""
-
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Read consecutive rows into a contiguous array."""
-
-    def prefetch(self, row: int) -> None:
-        """Start to read a row in the background."""
-
-    def disable_read_ahead(self) -> None:
-        """Prepare for reading single rows in random order."""
-
-    def is_truncated(self) -> bool:
-        """Return whether the file is now shorter than the array."""
 
 
 class ShardReader:
@@ -51,7 +26,7 @@ class ShardReader:
         num_rows: Number of rows according to the manifest.
         row_format: Shape and data type of a row, as a subarray dtype such as "(8, 32, 32)f2".
         remedy: Instruction for the error message if the file is missing, damaged or different.
-        open_file: Function that opens the file; by default, it is opened as a local file.
+        open_file: Function that opens the file; by default, `path` is opened as a local file.
 
     Attributes:
         path: The .npy file, or its URL.
@@ -68,11 +43,11 @@ class ShardReader:
         num_rows: int,
         row_format: np.dtype,
         remedy: str,
-        open_file: Callable[[], RowReader] | None = None,
+        open_file: Callable[[], NpyRows] | None = None,
     ):
         self.path = path
         self.remedy = remedy
-        self.file: RowReader
+        self.file: NpyRows
         with self._convert_errors():
             self.file = open_file() if open_file else NpyFile(Path(path))
         expected = (num_rows, *row_format.shape)

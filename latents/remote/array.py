@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from common.npy_file import NpyLayout, read_npy_layout
+from common.npy_file import NpyLayout, NpyRows, read_npy_layout
 from latents.remote.files import NUM_CONNECTIONS, PendingRead, RemoteFiles
 
 HEADER_BYTES = 4096  # bytes that are requested for the header, which usually has 128
@@ -26,8 +26,8 @@ def read_remote_layout(files: RemoteFiles, name: str) -> NpyLayout:
     return read_npy_layout(io.BytesIO(header), file_size)
 
 
-class RemoteArray:
-    """An array in a .npy file under a URL (the counterpart of NpyFile).
+class RemoteArray(NpyRows):
+    """An array in a .npy file under a URL.
 
     Args:
         files: The files under the URL.
@@ -36,23 +36,10 @@ class RemoteArray:
     """
 
     def __init__(self, files: RemoteFiles, name: str, layout: NpyLayout):
-        self.shape = layout.shape
-        self.dtype = layout.dtype
+        super().__init__(layout)
         self._files = files
         self._name = name
-        self._offset = layout.offset
-        self._row_bytes = layout.row_bytes
         self._prefetched: dict[int, PendingRead] = {}
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Read consecutive rows."""
-        start, stop, _ = rows.indices(len(self))
-        array = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
-        self.read_into(start, array)
-        return array
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Read consecutive rows into a contiguous array.

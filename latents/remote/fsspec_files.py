@@ -11,9 +11,9 @@ from latents.manifest import CacheError
 from latents.remote.files import Download, RemoteFiles, ShortFileError, TransientError
 
 BLOCK_BYTES = 8 << 20  # a file is read in blocks of this size
-# Packages that fsspec needs for a protocol.
+# Protocol -> the package that fsspec needs for it.
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-# Errors that another attempt would not avoid.
+# Errors after which a read is not repeated.
 PERMANENT_ERRORS = (PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError)
 
 

@@ -31,12 +31,12 @@ class FolderServer:
     requests: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
 
-    def count_bytes(self, suffix: str = ".npy") -> int:
+    def count_bytes(self) -> int:
         """Return the total size of the requested ranges."""
         total = 0
-        for path, requested in self.requests:
+        for _, requested in self.requests:
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", requested)
-            if match and path.endswith(suffix):
+            if match:
                 total += int(match[2]) + 1 - int(match[1])
         return total
 
