@@ -21,13 +21,15 @@ from training.coordination import (
     gather_objects,
     get_collective_timeout,
 )
-from training.hang_detector import HangDetector, describe_processes, find_missing
+from training.hang_detector import HangDetector
 from training.heartbeat import (
     ActiveClock,
     Cause,
     Heartbeat,
     HeartbeatExchange,
+    describe_processes,
     find_location,
+    find_missing,
     read_heartbeat,
 )
 
@@ -74,8 +76,8 @@ class Processes:
             self.first_exchange,
             self.watchdog,
             LIMIT,
-            SLOW_LIMIT,
-            PREPARE_LIMIT,
+            slow_limit=SLOW_LIMIT,
+            prepare_limit=PREPARE_LIMIT,
             end=lambda *args: self.ends.put(args),
             **options,
         )
