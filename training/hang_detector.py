@@ -198,7 +198,7 @@ class HangDetector:
     def announce(self, cause: Cause) -> None:
         """Tell the other processes why this one ends."""
         self.exchange.announce(cause)
-        if self.exchange.rank == 0:  # it may serve the store, so the others read the cause first
+        if self.exchange.rank == 0:  # it may serve the store, from which the others read the cause
             time.sleep(2 * self.exchange.interval)
 
     def _run(self) -> None:

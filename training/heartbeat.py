@@ -19,7 +19,7 @@ import torch.distributed as dist
 from common.watchdog import Watchdog
 
 ROOT = Path(__file__).absolute().parent.parent
-MAX_GAP_SECONDS = 5.0
+MAX_GAP_SECONDS = 5.0  # a longer pause of this process counts as this long
 # Limit for one exchange with the store, and for a process to end by itself after another one.
 EXCHANGE_SECONDS = 5.0
 CAUSE_KEY = "cause"
@@ -78,7 +78,7 @@ class ActiveClock:
         self.last = time.monotonic()
 
     def read(self) -> float:
-        """Return the seconds so far. A longer pause between two calls counts as five seconds."""
+        """Return the seconds so far, counting at most MAX_GAP_SECONDS between two calls."""
         with self.lock:
             now = time.monotonic()
             self.seconds += min(now - self.last, MAX_GAP_SECONDS)

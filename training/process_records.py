@@ -81,9 +81,11 @@ def make_process_record(environment: ProcessEnvironment, settings: Settings) -> 
     packages = {name: _find_version(name) for name in PACKAGES}
     packages["torch"] = str(torch.__version__)
     packages["Python"] = ".".join(platform.python_version_tuple()[:2])
+    device = "cpu"
     problem = ""
     gpu_name = ""
     if num_gpus > 0:
+        device = "cuda"
         packages["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         if environment.local_rank < num_gpus:
             gpu_name = torch.cuda.get_device_name(environment.local_rank)
@@ -97,7 +99,7 @@ def make_process_record(environment: ProcessEnvironment, settings: Settings) -> 
     groups = {
         "code": hash_code(ROOT),
         "packages": packages,
-        "devices": {"the device": "cuda" if num_gpus else "cpu"},
+        "devices": {"the device": device},
         "flags": {
             f"--{name.replace('_', '-')}": format_value(value)
             for name, value in flags.items()
@@ -151,9 +153,10 @@ def describe_difference(records: Sequence[ProcessRecord]) -> str:
         if expected is not None and differing:
             values = differing[0].groups[group]
             same = [record for record in differing if record.groups[group] == values]
+            verb = "differs" if len(same) == 1 else "differ"
             return (
-                f"{format_processes(same)} {'differs' if len(same) == 1 else 'differ'} from "
-                f"{format_processes([first])}: {_describe_values(values, expected)}; {remedy}"
+                f"{format_processes(same)} {verb} from {format_processes([first])}: "
+                f"{_describe_values(values, expected)}; {remedy}"
             )
     return ""
 
@@ -184,7 +187,8 @@ def format_ranks(ranks: Sequence[int]) -> str:
         else:
             ranges.append([rank])
     texts = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges]
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_join(texts)}"
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {_join(texts)}"
 
 
 def _describe_values(values: dict[str, str], expected: dict[str, str]) -> str:

@@ -167,7 +167,7 @@ def _wait_for_result(store: dist.Store, timeout: timedelta) -> str:
 
 
 def _wait_for_answers(store: dist.Store, environment: ProcessEnvironment) -> None:
-    """On the first process, wait until the others have read the result."""
+    """Report that this process has read the result; the first process waits for the others."""
     if environment.rank > 0:
         store.add(ANSWERS_KEY, 1)
         return
