@@ -192,7 +192,7 @@ def run_until_rank_exits(rank: int, processes: int, module: str, *flags) -> str:
     """
     code = RUN_AND_EXIT + WAIT_FOR_ONE_RANK
     with mock.patch.dict(os.environ, WAITED_RANK=str(rank)):
-        return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
+        return run_forked(code, processes, module, *flags)
 
 
 def train_flags(cache: Path, exps: Path, name: str, *extra_flags) -> list[str]:
