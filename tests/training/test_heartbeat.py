@@ -40,7 +40,7 @@ def test_location_is_the_innermost_line_of_the_project():
         is_waiting.set()
         release.wait()
 
-    thread = threading.Thread(target=wait_here)
+    thread = threading.Thread(target=wait_here, daemon=True)
     thread.start()
     assert is_waiting.wait(60)
     location = find_location(sys._current_frames()[thread.ident])
