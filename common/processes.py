@@ -122,15 +122,16 @@ def has_process_ended(group: dist.ProcessGroup) -> bool:
 def exit_after_lost_process(reason: str, error: RuntimeError, code: int) -> NoReturn:
     """Exit without a traceback, because the process that ended first has printed its error.
 
+    The backend of the process group must be gloo.
+
     Args:
         reason: The reason, and how to continue.
         error: Error of the collective, which is also printed, in case it has a different cause.
         code: Exit code.
     """
     logger.error("%s (%s)", reason, error)
-    if dist.get_backend() == "gloo":
-        # Otherwise, a thread of gloo may abort this process while it exits.
-        dist.destroy_process_group()
+    # Otherwise, a thread of gloo may abort this process while it exits.
+    dist.destroy_process_group()
     raise SystemExit(code) from None
 
 

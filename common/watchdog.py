@@ -148,10 +148,10 @@ class Watchdog:
 
 
 def _end_process(wait: Wait, signal_number: int) -> None:
+    name = signal.Signals(signal_number).name
+    code = EXIT_INTERRUPTED if signal_number == signal.SIGINT else EXIT_STOPPED
     end_process(
-        f"{signal.Signals(signal_number).name} ended the wait for {wait.description}; rerun the "
-        "same command to resume",
-        EXIT_INTERRUPTED if signal_number == signal.SIGINT else EXIT_STOPPED,
+        f"{name} ended the wait for {wait.description}; rerun the same command to resume", code
     )
 
 

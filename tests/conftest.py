@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.data import _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from common.watchdog import Watchdog
 from tests.helpers import call_main, make_tree, make_vae, train_flags
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -104,3 +105,14 @@ def process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def watchdog(monkeypatch) -> Watchdog:
+    """A watchdog that prints nothing."""
+    watchdog = Watchdog()
+    previous_pipe = signal.set_wakeup_fd(-1)
+    monkeypatch.setattr("common.watchdog._print", lambda message: None)
+    yield watchdog
+    watchdog.reset()
+    signal.set_wakeup_fd(previous_pipe)

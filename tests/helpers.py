@@ -115,20 +115,25 @@ def list_children(pid: int) -> list[int]:
     return [int(child) for child in output.split()]
 
 
-RUN_AND_EXIT = """
+CALL_AND_EXIT = """
 import os, sys, traceback
-from common import cli
-def run_and_exit(main):  # in a forked process
+def call_and_exit(function, *args):  # in a forked process
     code = 0
     try:
-        cli.run(main)
+        function(*args)
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-        code = 99
+        code = 1
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(code)  # skips the slow finalization of the imported modules
+"""
+
+RUN_AND_EXIT = f"""{CALL_AND_EXIT}
+from common import cli
+def run_and_exit(main):
+    call_and_exit(cli.run, main)
 """
 
 START_RANKS = """
@@ -187,7 +192,7 @@ def run_until_rank_exits(rank: int, processes: int, module: str, *flags) -> str:
     """
     code = RUN_AND_EXIT + WAIT_FOR_ONE_RANK
     with mock.patch.dict(os.environ, WAITED_RANK=str(rank)):
-        return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
+        return run_forked(code, processes, module, *flags)
 
 
 def train_flags(cache: Path, exps: Path, name: str, *extra_flags) -> list[str]:
@@ -229,8 +234,8 @@ def have_equal_weights(a: Path, b: Path, step: str = "0000010") -> bool:
 
 
 # The libraries are those that train.py and other commands import when they are first used.
-SERVE_FORKS = """
-import gc, json, os, sys, traceback
+SERVE_FORKS = f"""{CALL_AND_EXIT}
+import gc, json
 import accelerate, diffusers, torchvision, torch._dynamo
 from diffusers import AutoencoderKL
 import train, sample_ddp
@@ -246,16 +251,7 @@ for line in sys.stdin:
         os.environ.clear()
         os.environ.update(request["environment"])
         sys.argv = ["-c", *request["arguments"]]
-        code = 0
-        try:
-            exec(request["code"], {"__name__": "__main__"})
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)  # skips the slow finalization of the imported modules
+        call_and_exit(exec, request["code"], {{"__name__": "__main__"}})
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """

@@ -10,8 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from checkpointing.storage import list_checkpoints
 from common.cli import EXIT_STOPPED
-from tests.helpers import ONE_THREAD, ROOT, train_flags
+from tests.helpers import ONE_THREAD, ROOT, train_flags, wait_until
 from training.config import parse_settings
 
 PAGES = ROOT / "docs/cluster"
@@ -75,14 +73,6 @@ if code > 128:
     os.kill(os.getpid(), code - 128)
 sys.exit(code)
 """
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds. The time limit only stops tests that hang."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "the condition did not become true within 120 seconds"
-        time.sleep(0.01)
 
 
 class Cluster:

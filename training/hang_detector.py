@@ -10,8 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
@@ -24,11 +23,11 @@ from common.watchdog import Wait, Watchdog, end_process, get_watchdog
 from training.config import DeviceConfig
 from training.coordination import PREPARE_TIMEOUT, SLOW_TIMEOUT, broadcast_object, wait_for_all
 from training.heartbeat import (
-    ANSWER_SECONDS,
-    ActiveClock,
+    EXCHANGE_SECONDS,
     Cause,
-    Heartbeat,
     HeartbeatExchange,
+    describe_processes,
+    find_missing,
     read_heartbeat,
 )
 
@@ -39,7 +38,6 @@ INTERVALS_PER_LIMIT = 40  # shorter intervals for the short limits of tests
 LOST_READS = 4
 # Steps of a session that may include compilation; the result of a step is awaited in the next one.
 NUM_COMPILING_STEPS = 2
-MAX_LISTED = 3  # processes in a message
 
 
 class HangDetector:
@@ -49,9 +47,9 @@ class HangDetector:
         exchange: The heartbeats of all processes.
         watchdog: Records the waits of this process.
         limit: Seconds that a wait in a training step may take.
+        num_slow_steps: Number of steps of this session that may take as long as slow work.
         slow_limit: Seconds that a wait for slow work may take.
         prepare_limit: Seconds that a wait for slow work before the first step may take.
-        num_slow_steps: Number of steps of this session that may take as long as slow work.
         end: Ends this process with a message and an exit code.
     """
 
@@ -60,17 +58,17 @@ class HangDetector:
         exchange: HeartbeatExchange,
         watchdog: Watchdog,
         limit: float,
-        slow_limit: float,
-        prepare_limit: float,
         num_slow_steps: int = 0,
+        slow_limit: float = SLOW_TIMEOUT.total_seconds(),
+        prepare_limit: float = PREPARE_TIMEOUT.total_seconds(),
         end: Callable[[str, int], None] = end_process,
     ):
         self.exchange = exchange
         self.watchdog = watchdog
         self.limit = limit
+        self.num_slow_steps = num_slow_steps
         self.slow_limit = max(limit, slow_limit)
         self.prepare_limit = max(limit, prepare_limit)
-        self.num_slow_steps = num_slow_steps
         self.end = end
         # The wait of this process, the line at which it is blocked, and the start of the wait.
         self.wait: Wait | None = None
@@ -106,7 +104,7 @@ class HangDetector:
         if elapsed >= self.limit / 2 and not self.exchange.observes_all:
             self.exchange.observe_all()
         # Collectives over gloo fail soon after another process has ended, but those over NCCL wait.
-        if self.exchange.cause and now - self.exchange.cause_time >= ANSWER_SECONDS:
+        if self.exchange.cause and now - self.exchange.cause_time >= EXCHANGE_SECONDS:
             self._end(self.exchange.cause)
             return
         if elapsed < self.limit:
@@ -138,10 +136,12 @@ class HangDetector:
         silence = self.limit / 4
         change_times = dict(self.exchange.change_times)
         heartbeats = dict(self.exchange.heartbeats)
-        if not self.exchange.is_connected or now - self.exchange.answer_time >= silence:
+        silent = [rank for rank, time_ in sorted(change_times.items()) if now - time_ >= silence]
+        # The store returns the heartbeats of this process as well, as long as it answers.
+        is_answering = self.exchange.rank in change_times and self.exchange.rank not in silent
+        if not self.exchange.is_connected or not is_answering:
             # The store is part of the first process, or of the launcher on its machine.
             return f"no answer from {describe_processes([0], heartbeats)}"
-        silent = [rank for rank, time_ in sorted(change_times.items()) if now - time_ >= silence]
         if silent:
             return f"no heartbeat from {describe_processes(silent, heartbeats)}"
         observed = {rank: heartbeats[rank] for rank in change_times}
@@ -188,7 +188,7 @@ class HangDetector:
         """Wait for further reads of the heartbeats, and return whether the store has answered."""
         exchange = self.exchange
         last_read = exchange.num_reads + number
-        deadline = time.monotonic() + ANSWER_SECONDS + number * exchange.interval
+        deadline = time.monotonic() + EXCHANGE_SECONDS + number * exchange.interval
         while exchange.num_reads < last_read:
             if exchange.cause or not exchange.is_connected or time.monotonic() >= deadline:
                 return False
@@ -198,7 +198,7 @@ class HangDetector:
     def announce(self, cause: Cause) -> None:
         """Tell the other processes why this one ends."""
         self.exchange.announce(cause)
-        if self.exchange.rank == 0:  # it may serve the store, so the others read the cause first
+        if self.exchange.rank == 0:  # it may serve the store, from which the others read the cause
             time.sleep(2 * self.exchange.interval)
 
     def _run(self) -> None:
@@ -208,36 +208,6 @@ class HangDetector:
     def _end(self, cause: Cause) -> None:
         self.announce(cause)
         self.end(cause.message, cause.code)
-
-
-def find_missing(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
-    """Return the processes that the others wait for; all of them if that is unknown.
-
-    They have entered fewer joint waits than others. If all have entered the same number, a process
-    may be stuck within the wait, where it executes another line than most of them.
-    """
-    fewest = min(heartbeat.num_waits for heartbeat in heartbeats.values())
-    missing = sorted(rank for rank, h in heartbeats.items() if h.num_waits == fewest)
-    if len(missing) < len(heartbeats):
-        return missing
-    locations = Counter(heartbeat.location for heartbeat in heartbeats.values())
-    location, num_processes = locations.most_common(1)[0]
-    if len(heartbeats) / 2 < num_processes < len(heartbeats):
-        return sorted(rank for rank, h in heartbeats.items() if h.location != location)
-    return missing
-
-
-def describe_processes(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]) -> str:
-    """Return ranks, hosts and operations of processes; their number if there are many."""
-    texts = []
-    for rank in ranks[:MAX_LISTED]:
-        heartbeat = heartbeats.get(rank)
-        details = f" on {heartbeat.host} ({heartbeat.describe()})" if heartbeat else ""
-        texts.append(f"rank {rank}{details}")
-    num_omitted = len(ranks) - MAX_LISTED
-    if num_omitted > 0:
-        texts.append(f"{num_omitted} more")
-    return " and ".join(texts)
 
 
 def make_hang_detector(config: DeviceConfig, rank: int, num_processes: int) -> HangDetector:
@@ -259,18 +229,11 @@ def make_hang_detector(config: DeviceConfig, rank: int, num_processes: int) -> H
         num_processes,
         lambda: read_heartbeat(watchdog, host),
         min(MAX_INTERVAL, limit / INTERVALS_PER_LIMIT),
-        ActiveClock(),
     )
     exchange.prepare()
     wait_for_all("the other processes to connect")
-    return HangDetector(
-        exchange,
-        watchdog,
-        limit,
-        SLOW_TIMEOUT.total_seconds(),
-        PREPARE_TIMEOUT.total_seconds(),
-        NUM_COMPILING_STEPS if config.compile else 0,
-    )
+    num_slow_steps = NUM_COMPILING_STEPS if config.compile else 0
+    return HangDetector(exchange, watchdog, limit, num_slow_steps)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -18,10 +19,11 @@ import torch.distributed as dist
 from common.watchdog import Watchdog
 
 ROOT = Path(__file__).absolute().parent.parent
-MAX_GAP_SECONDS = 5.0
-# Time for the store to accept the cause of the end of a process, and for the others to end with it.
-ANSWER_SECONDS = 5.0
+MAX_GAP_SECONDS = 5.0  # a longer pause of this process counts as this long
+# Limit for one exchange with the store, and for a process to end by itself after another one.
+EXCHANGE_SECONDS = 5.0
 CAUSE_KEY = "cause"
+MAX_LISTED = 3  # processes in a message
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ActiveClock:
         self.last = time.monotonic()
 
     def read(self) -> float:
-        """Return the seconds so far. A longer pause between two calls counts as five seconds."""
+        """Return the seconds so far, counting at most MAX_GAP_SECONDS between two calls."""
         with self.lock:
             now = time.monotonic()
             self.seconds += min(now - self.last, MAX_GAP_SECONDS)
@@ -108,55 +110,76 @@ def find_location(frame: FrameType | None) -> str:
     return ""
 
 
+def find_missing(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
+    """Return the processes that the others wait for; all of them if that is unknown.
+
+    They have entered fewer joint waits than others. If all have entered the same number, a process
+    may be stuck within the wait, where it executes another line than most of them.
+    """
+    fewest = min(heartbeat.num_waits for heartbeat in heartbeats.values())
+    missing = sorted(rank for rank, h in heartbeats.items() if h.num_waits == fewest)
+    if len(missing) < len(heartbeats):
+        return missing
+    locations = Counter(heartbeat.location for heartbeat in heartbeats.values())
+    location, num_processes = locations.most_common(1)[0]
+    if len(heartbeats) / 2 < num_processes < len(heartbeats):
+        return sorted(rank for rank, h in heartbeats.items() if h.location != location)
+    return missing
+
+
+def describe_processes(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]) -> str:
+    """Return ranks, hosts and operations of processes; their number if there are many."""
+    texts = []
+    for rank in ranks[:MAX_LISTED]:
+        heartbeat = heartbeats.get(rank)
+        details = f" on {heartbeat.host} ({heartbeat.describe()})" if heartbeat else ""
+        texts.append(f"rank {rank}{details}")
+    num_omitted = len(ranks) - MAX_LISTED
+    if num_omitted > 0:
+        texts.append(f"{num_omitted} more")
+    return " and ".join(texts)
+
+
+@dataclass(eq=False)
 class HeartbeatExchange:
     """Writes the heartbeats of this process and reads those of the others, in a thread.
 
     The thread may be blocked in the store indefinitely if the process that serves it is stopped, so
     no other thread uses the store.
 
-    Args:
+    Attributes:
         store: The key-value store.
         rank: Rank of this process.
         num_processes: Number of processes.
         read: Returns the current heartbeat of this process, without its count.
         interval: Seconds between heartbeats.
         clock: Clock of the observations.
-
-    Attributes:
         observes_all: Whether to read the heartbeats of all processes; otherwise only the first one.
+        is_ending: Whether this process ends because another one has ended.
         heartbeats: The newest heartbeats by rank.
         change_times: Time at which each heartbeat changed, or was first read since `observe_all`.
-        answer_time: Time of the last answer of the store.
         is_connected: Whether the store still exists.
         cause: Why the first process that ended has ended, or None if that is unknown.
         cause_time: Time at which the cause was read.
         num_reads: Number of answers of the store so far.
     """
 
-    def __init__(
-        self,
-        store: dist.Store,
-        rank: int,
-        num_processes: int,
-        read: Callable[[], Heartbeat],
-        interval: float,
-        clock: ActiveClock,
-    ):
-        self.store = store
-        self.rank = rank
-        self.num_processes = num_processes
-        self.read = read
-        self.interval = interval
-        self.clock = clock
-        self.observes_all = False
-        self.is_ending = False
-        self.heartbeats: dict[int, Heartbeat] = {}
-        self.change_times: dict[int, float] = {}
-        self.answer_time = clock.read()
-        self.is_connected = True
-        self.cause: Cause | None = None
-        self.cause_time = 0.0
-        self.num_reads = 0
+    store: dist.Store
+    rank: int
+    num_processes: int
+    read: Callable[[], Heartbeat]
+    interval: float
+    clock: ActiveClock = field(default_factory=ActiveClock)
+    observes_all: bool = field(default=False, init=False)
+    is_ending: bool = field(default=False, init=False)
+    heartbeats: dict[int, Heartbeat] = field(default_factory=dict, init=False)
+    change_times: dict[int, float] = field(default_factory=dict, init=False)
+    is_connected: bool = field(default=True, init=False)
+    cause: Cause | None = field(default=None, init=False)
+    cause_time: float = field(default=0.0, init=False)
+    num_reads: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
         self.count = 0
         self.cause_to_write: Cause | None = None
         self.wake = threading.Event()
@@ -183,13 +206,13 @@ class HeartbeatExchange:
         """Tell the other processes why this one ends, unless another one did so before."""
         self.cause_to_write = cause
         self.wake.set()
-        self.has_written_cause.wait(ANSWER_SECONDS)
+        self.has_written_cause.wait(EXCHANGE_SECONDS)
 
     def close(self) -> None:
         """End the thread, unless it is blocked in the store."""
         self.is_closed = True
         self.wake.set()
-        self.thread.join(ANSWER_SECONDS)
+        self.thread.join(EXCHANGE_SECONDS)
 
     def _run(self) -> None:
         while not self.is_closed:
@@ -210,7 +233,6 @@ class HeartbeatExchange:
         ranks = range(self.num_processes if self.observes_all else 1)
         cause, *texts = self.store.multi_get([CAUSE_KEY, *map(_make_key, ranks)])
         now = self.clock.read()
-        self.answer_time = now
         if cause and self.cause is None:
             self.cause_time = now
             self.cause = Cause(**json.loads(cause))

@@ -36,7 +36,7 @@ from training.log import Console, MetricMeans, RunLog, log_start, make_log_path
 from training.monitors import Monitors, restore_failures, run_trials
 from training.networks import Networks, build_networks, set_weights
 from training.peak_rates import find_peak_rate
-from training.rank_check import check_records, make_cache_record
+from training.process_records import check_records, make_cache_record
 from training.resume import (
     RunPosition,
     build_args_json,

@@ -33,7 +33,7 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
 
     Args:
         folder: The run folder.
-        request: Set if the file exists.
+        request: Receives the path of the file as its name if the file exists.
         is_main_process: Whether this is the first process, which alone looks for the file.
     """
     if not is_main_process:

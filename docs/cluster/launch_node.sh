@@ -26,12 +26,11 @@ done
 trap 'kill -TERM "${PROCESSES[@]}" 2>/dev/null' TERM
 trap 'kill -USR1 "${PROCESSES[@]}" 2>/dev/null' USR1
 
-# A trapped signal ends `wait` early, so wait again while the process is running; the last `wait`
-# returns the code of a process that ended in the meantime, or 127 if it was returned before.
+# A trapped signal ends `wait` early, so repeat it while the process is running. The last `wait`
+# returns the exit code, or 127 if bash has already returned the code and discarded it.
 LARGEST=0
 for PROCESS in "${PROCESSES[@]}"; do
-  wait "$PROCESS"
-  CODE=$?
+  CODE=127
   while kill -0 "$PROCESS" 2>/dev/null; do
     wait "$PROCESS"
     CODE=$?

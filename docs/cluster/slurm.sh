@@ -16,11 +16,11 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 
-EXIT_STOPPED=75           # train.py has saved a checkpoint after a signal
-EXIT_INTERRUPTED=130      # Ctrl-C
+EXIT_STOPPED=75 # train.py has saved a checkpoint after a signal
+EXIT_INTERRUPTED=130 # Ctrl-C
 MIN_SECONDS=${MIN_SECONDS:-600} # a job that crashes earlier than this is not requeued
 
-# The processes find each other at the first node. srun does not inherit --cpus-per-task.
+# All processes connect to the first node. srun does not inherit --cpus-per-task.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$SLURM_NTASKS
@@ -35,10 +35,9 @@ SRUN=$!
 # SLURM sends SIGUSR1 to this script 120 seconds before the time limit. srun forwards it.
 trap 'kill -USR1 "$SRUN"' USR1 TERM
 
-# Wait for the end. A trapped signal ends `wait` early, so wait again while srun is running; the last
-# `wait` returns the code of an srun that ended in the meantime, or 127 if it was returned before.
-wait "$SRUN"
-CODE=$?
+# A trapped signal ends `wait` early, so repeat it while srun is running. The last `wait` returns the
+# exit code of srun, or 127 if bash has already returned the code and discarded it.
+CODE=127
 while kill -0 "$SRUN" 2>/dev/null; do
   wait "$SRUN"
   CODE=$?

@@ -113,12 +113,18 @@ def test_processes_without_a_wait_are_not_ended(fast_watchdog, end_calls, printe
 def test_process_ends_even_if_its_message_cannot_be_written(monkeypatch):
     codes = []
     disk_answers = threading.Event()
-    monkeypatch.setattr(watchdog, "_print", lambda message: disk_answers.wait())
+    printed = []
+
+    def print_to_slow_disk(message):
+        disk_answers.wait(20)
+        printed.append(message)
+
+    monkeypatch.setattr(watchdog, "_print", print_to_slow_disk)
     monkeypatch.setattr(watchdog, "PRINT_SECONDS", 0.01)
     monkeypatch.setattr(watchdog.os, "_exit", codes.append)
     watchdog.end_process("a message", 75)
+    assert codes == [75] and not printed
     disk_answers.set()
-    assert codes == [75]
 
 
 def test_a_forked_process_starts_its_own_watchdog():

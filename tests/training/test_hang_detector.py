@@ -1,11 +1,6 @@
 """A process that hangs or is lost is named by the others, which end with the right exit code."""
 
 import queue
-import signal
-import sys
-import threading
-from datetime import timedelta
-from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch.distributed as dist
@@ -13,23 +8,8 @@ import torch.distributed as dist
 from common.cli import EXIT_STOPPED
 from common.watchdog import Watchdog
 from tests.helpers import run_ranks, run_until_rank_exits, train_flags
-from training import heartbeat
-from training.config import DeviceConfig
-from training.coordination import (
-    SLOW_TIMEOUT,
-    broadcast_object,
-    gather_objects,
-    get_collective_timeout,
-)
-from training.hang_detector import HangDetector, describe_processes, find_missing
-from training.heartbeat import (
-    ActiveClock,
-    Cause,
-    Heartbeat,
-    HeartbeatExchange,
-    find_location,
-    read_heartbeat,
-)
+from training.hang_detector import HangDetector
+from training.heartbeat import Cause, Heartbeat, HeartbeatExchange
 
 LIMIT = 100.0
 SLOW_LIMIT = 1000.0
@@ -74,8 +54,8 @@ class Processes:
             self.first_exchange,
             self.watchdog,
             LIMIT,
-            SLOW_LIMIT,
-            PREPARE_LIMIT,
+            slow_limit=SLOW_LIMIT,
+            prepare_limit=PREPARE_LIMIT,
             end=lambda *args: self.ends.put(args),
             **options,
         )
@@ -98,16 +78,6 @@ class Processes:
             self.detector.check()
             if not self.ends.empty():
                 return
-
-
-@pytest.fixture
-def watchdog(monkeypatch):
-    watchdog = Watchdog()
-    previous_pipe = signal.set_wakeup_fd(-1)
-    monkeypatch.setattr("common.watchdog._print", lambda message: None)
-    yield watchdog
-    watchdog.reset()
-    signal.set_wakeup_fd(previous_pipe)
 
 
 def test_process_without_a_heartbeat_is_named_after_the_limit(watchdog):
@@ -253,72 +223,6 @@ def test_lost_process_is_named_and_those_that_end_with_it_are_not(watchdog):
     processes.first_exchange.close()
     assert cause.code == EXIT_STOPPED
     assert "rank 1 on node1 (step 3) ended before" in cause.message
-
-
-def test_missing_process_has_entered_the_fewest_waits_or_executes_another_line():
-    ahead = Heartbeat("a", num_waits=5, location="loss.py:1 (f)")
-    behind = Heartbeat("a", num_waits=4, location="loss.py:1 (f)")
-    elsewhere = Heartbeat("a", num_waits=5, location="dataset.py:1 (g)")
-    assert find_missing({0: ahead, 1: behind, 2: ahead}) == [1]
-    assert find_missing({0: ahead, 1: ahead, 2: elsewhere}) == [2]
-    assert find_missing({0: ahead, 1: elsewhere}) == [0, 1]  # it is unknown which one hangs
-    assert find_missing({0: ahead, 1: ahead}) == [0, 1]
-
-
-def test_few_processes_are_described_and_the_others_counted():
-    heartbeats = {rank: Heartbeat("a", step=1234) for rank in range(5)}
-    text = describe_processes([0, 1, 2, 3, 4], heartbeats)
-    assert text.startswith("rank 0 on a (step 1,234) and rank 1 ")
-    assert text.endswith("and 2 more") and "rank 3" not in text
-
-
-def test_location_is_the_innermost_line_of_the_project():
-    is_waiting = threading.Event()
-    release = threading.Event()
-
-    def wait_here():
-        is_waiting.set()
-        release.wait()
-
-    thread = threading.Thread(target=wait_here)
-    thread.start()
-    assert is_waiting.wait(60)
-    location = find_location(sys._current_frames()[thread.ident])
-    release.set()
-    thread.join()
-    assert location.startswith("tests/training/test_hang_detector.py:")
-    assert location.endswith("(wait_here)")
-
-
-def test_heartbeat_contains_the_step_and_the_innermost_wait(watchdog):
-    watchdog.step = 12
-    with watchdog.watch("outer", is_joint=True), watchdog.watch("inner"), ThreadPool(1) as thread:
-        beat = thread.apply(read_heartbeat, [watchdog, "node0"])
-    assert (beat.step, beat.num_waits, beat.operation) == (12, 1, "inner")
-    assert beat.location.startswith("tests/training/test_hang_detector.py:")
-
-
-def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
-    clock = ActiveClock()
-    now = 2.0
-    assert clock.read() == 2.0
-    now = 3600.0
-    assert clock.read() == 2.0 + heartbeat.MAX_GAP_SECONDS
-
-
-@pytest.mark.parametrize("minutes", [10.0, 300.0])
-def test_limit_of_pytorch_exceeds_that_of_steps_that_compile(minutes):
-    config = DeviceConfig(compile=True, collective_timeout=minutes)
-    assert get_collective_timeout(config) > max(SLOW_TIMEOUT, timedelta(minutes=minutes))
-    config = DeviceConfig(collective_timeout=minutes)
-    assert timedelta(minutes=minutes) < get_collective_timeout(config) < timedelta(hours=6)
-
-
-def test_one_process_exchanges_objects_with_itself():
-    assert gather_objects("a") == ["a"]
-    assert broadcast_object("a", "nothing") == "a"
 
 
 @pytest.mark.parametrize(

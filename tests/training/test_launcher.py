@@ -83,6 +83,7 @@ def test_config_files_of_accelerate_are_refused(tmp_path, lines, problem):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_launcher_without_further_settings_is_accepted(precision):
+    # check_launcher returns nothing; it raises an error for settings that it refuses.
     check_launcher(precision, launcher_environment("--multi_gpu"))
     check_launcher(precision, launcher_environment("--multi_gpu", "--mixed_precision", precision))
 

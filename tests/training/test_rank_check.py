@@ -17,17 +17,17 @@ from latents.cache import LatentCache
 from tests.helpers import ROOT, run_ranks, train_flags
 from training import setup
 from training.config import parse_settings
-from training.rank_check import (
+from training.process_records import (
     ProcessRecord,
     check_records,
     describe_difference,
     describe_gpu_models,
-    exchange_records,
     format_ranks,
     hash_code,
     make_cache_record,
     make_process_record,
 )
+from training.rank_check import exchange_records
 
 GROUPS = {
     "code": {"the code in train.py": "sha256 1", "the code in training": "sha256 2"},

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from checkpointing.storage import list_checkpoints
-from tests.helpers import train_flags
+from tests.helpers import train_flags, wait_until
 from training import stop_file
 from training.preemption import StopRequest
 from training.stop_file import watching_stop_file
@@ -24,8 +24,7 @@ def stop_by_file(folder, error: Exception | None = None) -> None:
     request = StopRequest()
     with watching_stop_file(folder, request, is_main_process=True):
         (folder / "STOP").touch()
-        while request.name is None:
-            time.sleep(0.01)
+        wait_until(lambda: request.name)
         if error:
             raise error
 
@@ -67,8 +66,7 @@ def test_folder_that_cannot_be_read_or_changed(tmp_path, monkeypatch, caplog):
     request = StopRequest()
     with watching_stop_file(tmp_path, request, is_main_process=True):
         (tmp_path / "STOP").mkdir()  # cannot be removed like a file
-        while request.name is None:
-            time.sleep(0.01)
+        wait_until(lambda: request.name)
     assert "STOP cannot be removed (" in caplog.text and not failures
 
 
