@@ -215,7 +215,7 @@ def test_copy_is_made_once_and_is_a_valid_cache(server, cache, tmp_path, capsys,
 def test_interrupted_copy_is_continued(server, cache, tmp_path):
     def fail(path, requested, number):
         if path.startswith("/moments"):
-            return 503 if requested else -3072
+            return 503 if requested or number else -3072
         return None
 
     local = tmp_path / "local"
@@ -327,14 +327,15 @@ def test_an_interrupt_stops_the_copy(server, tmp_path, monkeypatch):
     def interrupt(futures):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(remote_files, "FIRST_DELAY", 60.0)
+    monkeypatch.setattr(remote_files, "FIRST_DELAY", 30.0)
     monkeypatch.setattr(local_copy, "as_completed", interrupt)
     source = RemoteSource(server.url, tmp_path / "local")
-    server.fail = lambda *_: 503  # each thread waits a minute for its next attempt
+    # Each thread waits at least 15 seconds for its second attempt, which fails permanently.
+    server.fail = lambda path, requested, number: 404 if number else 503
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         source.prepare(source.manifest.required_formats)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 15
 
 
 def test_default_folder_of_copies(monkeypatch, tmp_path):

@@ -461,6 +461,25 @@ def test_features_do_not_change_the_precision_of_batches_on_other_threads(
     assert threads == [expected]
 
 
+def test_each_batch_is_sampled_by_one_process(monkeypatch):
+    shares = []
+    monkeypatch.setattr(
+        sample_ddp, "run_batches", lambda worker, batches, *others: shares.append(batches)
+    )
+    worker = SimpleNamespace(
+        device=torch.device("cpu"),
+        model=SimpleNamespace(config=SiTConfig(2, 8, 2, 2)),
+        store=SimpleNamespace(batch_size=4, count=28),
+    )
+    config = sample_ddp.parse_args(["--ckpt", "x"])
+    for rank in range(3):
+        world = SimpleNamespace(
+            rank=rank, num_processes=3, local_rank=rank, num_local_processes=3, cores=8
+        )
+        sample_ddp.sample_batches(worker, [0, 2, 3, 4, 6], config, world)
+    assert shares == [[0, 4], [2, 6], [3]]
+
+
 def test_guidance_interval_compiles_one_graph_per_batch_size(trained, graph_counter):
     model = pretrained.load(trained).model
     recipe = Recipe(num_steps=6, cfg_scale=2.0, guidance_low=0.3, guidance_high=0.6)
