@@ -100,11 +100,13 @@ def torchrun(processes: int, script: str | Path, *flags) -> str:
     return run_command([*map(str, command), str(script), *map(str, flags)])
 
 
-def wait_until(condition: Callable[[], object], poll_seconds: float = 0.01) -> None:
+def wait_until(
+    condition: Callable[[], object], poll_seconds: float = 0.01, limit_seconds: int = 300
+) -> None:
     """Wait until a condition holds. The time limit only stops tests that hang."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + limit_seconds
     while not condition():
-        assert time.monotonic() < end, "the condition did not become true within 300 seconds"
+        assert time.monotonic() < end, f"the condition did not hold within {limit_seconds} seconds"
         time.sleep(poll_seconds)
 
 

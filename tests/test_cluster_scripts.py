@@ -137,7 +137,8 @@ class Cluster:
         return json.loads((self.records / f"rank{rank}").read_text())
 
     def wait_for_ranks(self, ranks: range) -> None:
-        wait_until(lambda: all((self.records / f"rank{rank}").exists() for rank in ranks))
+        paths = [self.records / f"rank{rank}" for rank in ranks]
+        wait_until(lambda: all(path.exists() for path in paths), limit_seconds=60)
 
     def read_signals(self) -> list[str]:
         return [path.read_text() for path in sorted(self.records.glob("*.signal"))]

@@ -150,7 +150,7 @@ def test_all_processes_receive_the_result_and_missing_ones_are_named(monkeypatch
     monkeypatch.setenv("MASTER_ADDR", "node0")
     records = make_records(flags=("--seed", "1"))[1:3]
     records = [replace(record, rank=rank) for rank, record in enumerate(records)]
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=20)
     store = dist.HashStore()
     results = []
     other = threading.Thread(
@@ -161,7 +161,9 @@ def test_all_processes_receive_the_result_and_missing_ones_are_named(monkeypatch
     other.join()
     assert results[0] == results[1] and "--seed is 1 instead of 0" in results[0]
 
-    result = exchange_records(dist.HashStore(), records[0], 4, timedelta(seconds=0.1))
+    store = dist.HashStore()
+    store.set_timeout(timeout)  # limits a wait for the record of a missing process
+    result = exchange_records(store, records[0], 4, timedelta(seconds=0.1))
     assert result.startswith("ranks 1-3 did not start within") and "reach node0" in result
 
 

@@ -24,7 +24,7 @@ def stop_by_file(folder, error: Exception | None = None) -> None:
     request = StopRequest()
     with watching_stop_file(folder, request, is_main_process=True):
         (folder / "STOP").touch()
-        wait_until(lambda: request.name)
+        wait_until(lambda: request.name, limit_seconds=60)
         if error:
             raise error
 
@@ -66,7 +66,7 @@ def test_folder_that_cannot_be_read_or_changed(tmp_path, monkeypatch, caplog):
     request = StopRequest()
     with watching_stop_file(tmp_path, request, is_main_process=True):
         (tmp_path / "STOP").mkdir()  # cannot be removed like a file
-        wait_until(lambda: request.name)
+        wait_until(lambda: request.name, limit_seconds=60)
     assert "STOP cannot be removed (" in caplog.text and not failures
 
 

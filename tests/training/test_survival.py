@@ -241,7 +241,7 @@ def main():
             print("rank 0 ends", flush=True)
 def run_rank():
     torch.set_num_threads(1)
-    run_and_exit(main)
+    cli.run(main)  # returns if the run finishes, because the agent waits for a result
 rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
 processes = {"nproc_per_node": 2, "start_method": "fork", "max_restarts": 0}
 elastic_launch(LaunchConfig(1, 1, **rendezvous, **processes), run_rank)()
