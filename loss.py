@@ -77,3 +77,18 @@ def alignment_loss(
     low, high = t_range
     distance = ALIGN_LOSSES[loss](prediction, target.detach(), beta)
     return torch.where((t >= low) & (t <= high), distance, torch.zeros_like(distance))
+
+
+def standardize_tokens(tokens: Tensor, alpha: float) -> Tensor:
+    """Standardize each channel over the tokens of an image, as iREPA does with its targets.
+
+    The result is (x - alpha mean(x)) / (std(x) + 1e-6), where the mean and the unbiased standard
+    deviation are over the N tokens (arXiv:2512.10794, spatial_zscore in its code).
+
+    Args:
+        tokens: Target tokens (B, N, D).
+        alpha: Fraction of the mean that is subtracted.
+    """
+    tokens = tokens.float()
+    std, mean = torch.std_mean(tokens, dim=1, keepdim=True)
+    return (tokens - alpha * mean) / (std + 1e-6)

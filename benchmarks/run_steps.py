@@ -5,6 +5,7 @@ experiments/convergence.py uses the FLOPs and the times to compute speed-ups.
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from common.tf32 import set_tf32
 from dataset import TrainingStream
 from latents.cache import LatentCache
 from latents.manifest import Manifest
-from models.sit import SiTConfig
-from models.targets import CacheInfo
+from models.sit import SiT, SiTConfig
+from models.target import CacheInfo, FrozenNetwork
 from train import Step, make_step
 from training.alignment import (
     load_alignments,
@@ -177,6 +178,14 @@ def build_trained_state(
     return state
 
 
+def load_random_network(
+    network: SiTConfig, device: torch.device, path: Path, needs_null_class: bool
+) -> FrozenNetwork:
+    """Return a network with random weights in place of the checkpoint `path`."""
+    model = SiT(network).eval().requires_grad_(False)
+    return FrozenNetwork(model.to(device), "")
+
+
 def build_sharded_step(plan: Plan, accelerator: Accelerator) -> Step:
     """Build the training step of a run whose state is sharded as its settings specify.
 
@@ -208,6 +217,7 @@ def build_step(plan: Plan, accelerator: Accelerator, state: TrainState | None = 
         state.emas[0],
         settings.objective.path_type,
         accelerator.autocast,
+        partial(load_random_network, plan.network, accelerator.device),
         settings.device.compile,
     )
     alignments = load_alignments(settings.alignments, align, plan.cache, context)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-import models.targets
+import models.encoder_target
 from benchmarks.measure import Action
 from benchmarks.run_steps import Plan, build_sharded_step, build_step
 from benchmarks.variants import make_random_batch, select_variant, split_variant
@@ -162,8 +162,8 @@ def name_steps(variant: str, accumulated_parts: int | None) -> list[str]:
 
 def patch_encoder() -> AbstractContextManager:
     """Return a context in which encoders are built with random weights."""
-    encoder = partial(models.targets.Encoder, pretrained=False)
-    return patch.object(models.targets, "Encoder", encoder)
+    encoder = partial(models.encoder_target.Encoder, pretrained=False)
+    return patch.object(models.encoder_target, "Encoder", encoder)
 
 
 def select_methods(step: Step, methods: list[str]) -> Step:

@@ -63,6 +63,7 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
     """
     cells = plan.make_tuning_cells()
     check_cells(cells, output_dir)
+    run_first_stage(plan, {}, output_dir)
     check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
     runs = collect_runs(cells, output_dir)
     metric = frechet_name(cells[0].parse_settings().evaluation.features)
@@ -99,6 +100,7 @@ def run_study(
     """
     cells = plan.make_study_cells(blocks)
     check_cells(cells, output_dir)
+    run_first_stage(plan, blocks, output_dir)
     failed = run_cells(cells, output_dir, jobs)
     cache = open_cache(plan.train_cache)
     time_methods(plan, cells, output_dir)
@@ -107,6 +109,17 @@ def run_study(
             probe_run(output_dir / cell.run_name, cache)
     write_result(plan, blocks, collect_runs(cells, output_dir), output_dir, path)
     check_no_failures(failed, len(cells))
+
+
+def run_first_stage(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) -> None:
+    """Train the frozen network of Self-Transcendence, if this method is compared.
+
+    Raises:
+        UserError: If the run fails.
+    """
+    cells = plan.make_first_stage_cells(blocks)
+    check_cells(cells, output_dir)
+    check_no_failures(run_cells(cells, output_dir, jobs=1), len(cells))
 
 
 def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: Path) -> None:
@@ -353,6 +366,7 @@ def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
         evaluations=1 if args.tune else args.evaluations,
         data_dir=args.data_dir,
         train_flags=tuple(train_flags),
+        output_dir=args.output_dir,
     )
 
 
@@ -366,6 +380,7 @@ def main() -> None:
     blocks = {} if args.tune else read_blocks(plan, args.knobs)
     if args.print or (args.scale == "imagenet" and not args.gather):
         cells = plan.make_tuning_cells() if args.tune else plan.make_study_cells(blocks)
+        cells = [*plan.make_first_stage_cells(blocks), *cells]
         print_commands(plan, cells, args.output_dir, args.gpus)
     elif args.gather:
         gather_study(plan, blocks, args.output_dir, args.out)

@@ -23,7 +23,8 @@ class Method(NamedTuple):
     Attributes:
         label: The name in tables and figures.
         flags: The flags of train.py. A key of `METHODS` in braces is replaced by the block that
-            --tune has chosen for that method. {encoder} is replaced by the flags of REPA's encoder.
+            --tune has chosen for that method. Other names in braces are keys of
+            `StudyPlan.make_fields`.
     """
 
     label: str
@@ -32,7 +33,7 @@ class Method(NamedTuple):
     @property
     def tuned_methods(self) -> set[str]:
         """The methods whose blocks the flags contain. A tuned method names only itself."""
-        return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
+        return {field for _, field, _, _ in Formatter().parse(self.flags) if field in METHODS}
 
 
 BASELINE = "vanilla"
@@ -43,11 +44,27 @@ METHODS = {
         "SRA 2, smooth L1", "--align sra2 --align-loss smooth_l1 --align-depth {sra2-smooth_l1}"
     ),
     "sra": Method("SRA", "--align sra --align-depth {sra}"),
-    "repa": Method("REPA", "--align repa --align-depth {repa} {encoder}"),
+    "repa": Method("REPA", "--align repa --align-depth {repa} {encoder} {head_width}"),
     "sra2+repa": Method(
-        "SRA 2 and REPA", "--align sra2 repa --align-depth {sra2-cosine} {repa} {encoder}"
+        "SRA 2 and REPA",
+        "--align sra2 repa --align-depth {sra2-cosine} {repa} {encoder} {head_width}",
+    ),
+    "layersync": Method(
+        "LayerSync", "--align layersync --align-depth {layersync} {layersync_target}"
+    ),
+    "irepa": Method(
+        "iREPA",
+        "--align repa --align-depth {irepa} --align-weight 1 --projector-type conv "
+        "--target-norm zscore {encoder}",
+    ),
+    "selftrans": Method(
+        "Self-Transcendence",
+        "--align selftrans --align-depth {selftrans} {head_width} {frozen_network}",
     ),
 }
+# The frozen network of Self-Transcendence, which is trained before the other runs.
+FIRST_STAGE = "selftrans-stage1"
+FIRST_STAGE_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,7 @@ class StudyPlan:
         evaluations: Evaluations per run.
         data_dir: Parent folder of the caches; for ImageNet, the cache of the training images.
         train_flags: Additional flags from the user, which are passed to all runs.
+        output_dir: Parent folder of the runs.
     """
 
     scale: str
@@ -144,6 +162,25 @@ class StudyPlan:
     evaluations: int
     data_dir: Path
     train_flags: tuple[str, ...] = ()
+    output_dir: Path = Path("exps")
+
+    @property
+    def first_stage(self) -> Path:
+        """The run whose network is frozen in Self-Transcendence."""
+        return self.output_dir / f"{FIRST_STAGE}-{self.steps}-seed{FIRST_STAGE_SEED}"
+
+    def make_first_stage_cells(self, blocks: dict[str, int]) -> list[Cell]:
+        """Return the run that must precede the others: SRA 2, aligned in the first half.
+
+        The list is empty if no method needs the run. The length of the run is part of the name,
+        because runs of --tune are shorter than those of the study.
+        """
+        if "selftrans" not in self.methods:
+            return []
+        stop = f"--align-stop-step {self.steps // 2}"
+        flags = (*self.make_shared_flags(), *self.make_method_flags("sra2-cosine", blocks))
+        name = f"{FIRST_STAGE}-{self.steps}"
+        return [Cell(name, FIRST_STAGE_SEED, (*flags, *stop.split()))]
 
     @property
     def train_cache(self) -> Path:
@@ -179,14 +216,28 @@ class StudyPlan:
 
         Methods that `blocks` does not contain align the default block of train.py.
         """
-        # The head of REPA has width 2048, which is too wide for a small network. Use the same width
-        # as the head of SRA 2 instead.
-        head_width = 2 * PRESETS[self.model]["width"]
-        encoder = f"--repa-encoder {REPA_ENCODER} --projector-width {head_width}"
-        if self.scale == "imagenet":
-            encoder = ""
         fields = dict.fromkeys(METHODS, "auto") | blocks
-        return METHODS[name].flags.format(**fields, encoder=encoder).split()
+        return METHODS[name].flags.format(**fields, **self.make_fields(blocks)).split()
+
+    def make_fields(self, blocks: dict[str, int]) -> dict[str, str]:
+        """Return the flags that depend on the scale, by the name in braces in `Method.flags`."""
+        fields = {
+            "encoder": "",
+            "head_width": "",
+            "layersync_target": "",
+            "frozen_network": f"--selftrans-checkpoint {self.first_stage}",
+        }
+        if self.scale != "imagenet":
+            # The heads of REPA and Self-Transcendence have width 2048, which is too wide for a
+            # small network. Use the same width as the head of SRA 2 instead.
+            fields["encoder"] = f"--repa-encoder {REPA_ENCODER}"
+            fields["head_width"] = f"--projector-width {2 * PRESETS[self.model]['width']}"
+        if "layersync" in blocks:
+            # The distance of the two blocks is two sevenths of the depth, as for SiT-XL.
+            depth = PRESETS[self.model]["depth"]
+            target_block = blocks["layersync"] + round(2 * depth / 7)
+            fields["layersync_target"] = f"--layersync-target-block {target_block}"
+        return fields
 
     def make_study_cells(self, blocks: dict[str, int]) -> list[Cell]:
         """Return the runs of the study."""

@@ -38,5 +38,7 @@ def head_flops(config: SiTConfig, head: dict | None) -> int:
     if head is None:
         return 0
     tokens = config.grid_size**2
+    if head.get("kind") == "conv":
+        return 2 * tokens * head["kernel_size"] ** 2 * head["width"] * head["out"]
     sizes = [head["width"], *[head["hidden"]] * (head["layers"] - 1), head["out"]]
     return 2 * tokens * sum(a * b for a, b in zip(sizes, sizes[1:]))

@@ -3,8 +3,9 @@
 docs/method.md explains the widths of the heads. Shapes: B batch, N tokens, D width.
 """
 
+import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Projector(nn.Sequential):
         layers: Number of linear layers.
         hidden: Width of the hidden layers. The default is 2 * width.
     """
+
+    options: ClassVar[tuple[str, ...]] = ("layers", "hidden")  # in the entry in config.json
 
     def __init__(self, width: int, output_dim: int, layers: int = 5, hidden: int | None = None):
         hidden = hidden or 2 * width
@@ -46,7 +49,33 @@ class Projector(nn.Sequential):
             return last(tokens.float())
 
 
-HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
+class ConvHead(nn.Module):
+    """A convolution over the token grid: (B, N, width) -> (B, N, output_dim) in float32.
+
+    This is the head of iREPA (arXiv:2512.10794), whose formula has kernel size 3. Like there, the
+    weights have PyTorch's default initialization, and the grid is padded with zeros.
+
+    Args:
+        width: Dimension of the input tokens.
+        output_dim: Dimension of the output tokens.
+        kernel_size: Side of the kernel in tokens, an odd number.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ("kernel_size",)
+
+    def __init__(self, width: int, output_dim: int, kernel_size: int = 3):
+        super().__init__()
+        assert kernel_size % 2, kernel_size
+        self.conv = nn.Conv2d(width, output_dim, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, N, width) of a square grid to (B, N, output_dim), float32."""
+        side = math.isqrt(tokens.shape[1])
+        grid = tokens.mT.unflatten(2, (side, side))
+        return self.conv(grid).flatten(2).mT.float()
+
+
+HEADS: dict[str, type[Projector] | type[ConvHead]] = {"mlp": Projector, "conv": ConvHead}
 
 
 def make_head(spec: dict | None) -> nn.Module:
@@ -58,7 +87,8 @@ def make_head(spec: dict | None) -> nn.Module:
     if spec is None:
         return nn.Identity()
     head_class = HEADS[spec.get("kind", "mlp")]
-    return head_class(spec["width"], spec["out"], spec["layers"], spec["hidden"])
+    options = {name: spec[name] for name in head_class.options}
+    return head_class(spec["width"], spec["out"], **options)
 
 
 class AlignedOutput(NamedTuple):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,19 +15,22 @@ from common.cli import UserError
 from common.config import to_plain
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
-from loss import alignment_loss, cosine_distance
+from loss import alignment_loss, cosine_distance, standardize_tokens
 from models.autoencoder import LatentScale
 from models.errors import FieldError
 from models.flops import backbone_flops, head_flops
-from models.projector import AlignedOutput, AlignedSiT, make_head
+from models.projector import HEADS, AlignedOutput, AlignedSiT, make_head
 from models.sit import SiT, SiTConfig
-from models.targets import TARGETS, CacheInfo, RunContext, Target, TrainingInputs
+from models.target import CacheInfo, FrozenNetwork, RunContext, Target, TrainingInputs
+from models.targets import TARGETS
 from training.alignment_config import AlignmentConfig, method_flags
 
 T = TypeVar("T")
 
 # Fields of AlignmentConfig that are recorded in the "align" entries of config.json.
 RECORDED_FIELDS = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step")
+# Fields that are recorded only if the target is standardized, as older versions lack them.
+NORM_FIELDS = ("target_norm", "zscore_alpha")
 
 
 class AlignmentTerms(NamedTuple):
@@ -71,7 +75,13 @@ class Alignment:
             student_tokens: Tokens of the student's blocks; required if the target uses them.
         """
         target = self.target(inputs, student_tokens or {})
-        return _name_heads(self.config.method, target if isinstance(target, dict) else {"": target})
+        targets = target if isinstance(target, dict) else {"": target}
+        if self.config.target_norm == "zscore":
+            targets = {
+                name: standardize_tokens(tokens, self.config.zscore_alpha)
+                for name, tokens in targets.items()
+            }
+        return _name_heads(self.config.method, targets)
 
     def compute_terms(
         self, output: AlignedOutput, targets: dict[str, Tensor], t: Tensor
@@ -125,7 +135,9 @@ def plan_alignments(
     for config in alignments:
         with _convert_field_errors(config.method):
             plan = TARGETS[config.method].plan(config.settings, network, cache)
-        entry: dict[str, Any] = {key: to_plain(getattr(config, key)) for key in RECORDED_FIELDS}
+        norm_fields = NORM_FIELDS if config.target_norm != "none" else ()
+        recorded = (*RECORDED_FIELDS, *norm_fields)
+        entry: dict[str, Any] = {key: to_plain(getattr(config, key)) for key in recorded}
         if isinstance(plan.token_dim, dict):
             entry["heads"] = {
                 name: _head_spec(config, network.width, token_dim)
@@ -138,15 +150,26 @@ def plan_alignments(
 
 
 def _head_spec(config: AlignmentConfig, width: int, output_dim: int) -> dict | None:
-    kind = TARGETS[config.method].head
-    if kind is None:
+    """Return the entry of a head in config.json; None if there is no head.
+
+    Raises:
+        UserError: The target requires a head.
+    """
+    kind = config.projector_type
+    if kind == "none":
+        if output_dim != width:
+            raise UserError(
+                f"--projector-type none: the target tokens of {config.method} have {output_dim} "
+                f"channels and those of the blocks {width}; choose another head"
+            )
         return None
-    spec = {
-        "width": width,
-        "out": output_dim,
+    values = {
         "layers": config.projector_layers,
         "hidden": config.projector_width,
+        "kernel_size": config.projector_kernel,
     }
+    options = {name: values[name] for name in HEADS[kind].options}
+    spec = {"width": width, "out": output_dim, **options}
     return spec if kind == "mlp" else {"kind": kind, **spec}
 
 
@@ -196,7 +219,11 @@ def restore_settings(
 
 
 def make_run_context(
-    ema: SiT, path_type: str, autocast: Callable[[], AbstractContextManager], compile: bool = False
+    ema: SiT,
+    path_type: str,
+    autocast: Callable[[], AbstractContextManager],
+    load_network: Callable[[Path, bool], FrozenNetwork],
+    compile: bool = False,
 ) -> RunContext:
     """Return the parts of a run that a target may use.
 
@@ -204,6 +231,7 @@ def make_run_context(
         ema: The first EMA of the run, on the training device.
         path_type: Name of the interpolant.
         autocast: Context manager of the run's mixed precision.
+        load_network: Loads a frozen network (see `RunContext`).
         compile: Whether targets compile their networks.
     """
     path = INTERPOLANTS[path_type]
@@ -213,7 +241,7 @@ def make_run_context(
 
     if compile and not isinstance(ema, FSDPModule):  # a sharded EMA has compiled blocks
         ema = copy_with_compiled_blocks(ema)
-    return RunContext(ema.pos_embed.device, ema, add_noise, autocast, compile)
+    return RunContext(ema.pos_embed.device, ema, add_noise, autocast, compile, load_network)
 
 
 def copy_with_compiled_blocks(network: SiT) -> SiT:
@@ -285,7 +313,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     method_settings = "".join(
         f"{key.replace('_', ' ')} {value}, "
         for key, value in entry.items()
-        if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint")
+        if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint", "ema_sha256")
     )
     head = "no head"
     if head_size:

@@ -21,8 +21,17 @@ from common.config import (
     to_plain,
 )
 from loss import ALIGN_LOSSES
+from models.projector import HEADS
 from models.sit import PRESETS
 from models.targets import TARGETS
+
+# Fields of AlignmentConfig that only have an effect if another field has this value.
+CONDITIONS = {
+    "projector_layers": ("projector_type", "mlp"),
+    "projector_width": ("projector_type", "mlp"),
+    "projector_kernel": ("projector_type", "conv"),
+    "zscore_alpha": ("target_norm", "zscore"),
+}
 
 # Flags of method settings that are not called --METHOD-FIELD.
 METHOD_FLAGS = {
@@ -31,12 +40,22 @@ METHOD_FLAGS = {
     ("repa", "encoder"): ("--repa-encoder", "--enc-type"),
     ("repa", "weights"): ("--encoder-weights",),
     ("repa", "source"): ("--repa-from",),
+    ("layersync", "target_block"): ("--layersync-target-block", "--gt-encoder-depth"),
 }
+TARGET_NORMS = ("none", "zscore")
 
 
 def block_or_auto(text: str) -> int | None:
     """Parse a block number, or return None for "auto"."""
     return None if text == "auto" else cli.positive_int(text)
+
+
+def odd_int(text: str) -> int:
+    """Parse a positive odd number."""
+    value = cli.positive_int(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text} is even; pass an odd number")
+    return value
 
 
 @dataclass(frozen=True)
@@ -49,36 +68,69 @@ class AlignmentConfig:
     method: str
     block: int = setting(
         help="aligned block, counted from 1 (default: auto, the block used in the paper for the "
-        "model; sra2: 2 for B, 8 for L and XL; repa: 8; sra: 8 for XL, otherwise a quarter of the "
-        "depth)",
+        "model; sra2: 2 for B, 8 for L and XL; repa: 4 for B, 8 for L and XL; sra: 8 for XL, "
+        "otherwise a quarter of the depth; layersync: two sevenths of the depth; selftrans: half "
+        "of the depth)",
         flags=("--align-depth", "--encoder-depth"),
         type=block_or_auto,
         metavar="K",
     )
     weight: float = setting(
-        help="weight lambda of the alignment loss (default: 1 for sra2, 0.5 for repa; for sra, 0.5 "
-        "with the cosine loss and 0.2 with other losses)",
+        help="weight lambda of the alignment loss (default: 1 for sra2, 0.5 for repa and "
+        "selftrans, 0.2 for layersync; for sra, 0.5 with the cosine loss and 0.2 with other "
+        "losses)",
         flags=("--align-weight", "--proj-coeff"),
         type=cli.non_negative_float,
         metavar="X",
     )
+    projector_type: str = setting(
+        help="head that maps block tokens to target tokens; conv: one convolution over the token "
+        "grid, as in iREPA; none: no head, for targets with as many channels as the block "
+        "(default: mlp; layersync: none)",
+        flags=("--projector-type", "--projection-layer-type"),
+        choices=(*HEADS, "none"),
+        metavar="NAME",
+    )
     projector_layers: int = setting(
-        help="number of linear layers of the head (default: 5 for sra2, 3 for repa, 2 for sra)",
+        help="number of linear layers of an mlp head (default: 5 for sra2, 3 for repa and "
+        "selftrans, 2 for sra)",
         flags=("--projector-layers",),
         type=cli.positive_int,
         metavar="N",
     )
     projector_width: int = setting(
-        help="hidden width of the head (default: twice the width of the model for sra2 and sra, "
-        "2048 for repa)",
+        help="hidden width of an mlp head (default: twice the width of the model for sra2 and sra, "
+        "2048 for repa and selftrans)",
         flags=("--projector-width",),
         type=cli.positive_int,
         metavar="N",
     )
+    projector_kernel: int = setting(
+        3,
+        help="kernel size of a conv head in tokens (default: 3)",
+        flags=("--projector-kernel", "--proj-kwargs-kernel-size"),
+        type=odd_int,
+        metavar="N",
+    )
+    target_norm: str = setting(
+        "none",
+        help="normalization of the target tokens; zscore: standardize each channel over the tokens "
+        "of an image, as in iREPA (default: none)",
+        flags=("--target-norm", "--spnorm-method"),
+        choices=TARGET_NORMS,
+        metavar="NAME",
+    )
+    zscore_alpha: float = setting(
+        0.6,
+        help="fraction of the mean that --target-norm zscore subtracts (default: 0.6)",
+        flags=("--zscore-alpha",),
+        type=cli.non_negative_float,
+        metavar="X",
+    )
     loss: str = setting(
         "cosine",
-        help=f"alignment loss: {', '.join(ALIGN_LOSSES)} (default: cosine; smooth_l1 is best in "
-        "the SRA 2 paper)",
+        help=f"alignment loss: {', '.join(ALIGN_LOSSES)} (default: cosine, for selftrans l2; "
+        "smooth_l1 is best in the SRA 2 paper)",
         flags=("--align-loss",),
         choices=ALIGN_LOSSES,
         metavar="NAME",
@@ -92,7 +144,8 @@ class AlignmentConfig:
     )
     t_range: tuple[float, float] = setting(
         (0.0, 1.0),
-        help="lowest and highest aligned timestep; 0 is data, 1 is noise (default: 0 1)",
+        help="lowest and highest aligned timestep; 0 is data, 1 is noise (default: 0 1, for "
+        "selftrans 0.4 0.7)",
         flags=("--align-t-range",),
         type=cli.fraction,
         metavar="LO HI",
@@ -119,17 +172,20 @@ def default_alignment(method: str, model: str, **values: Any) -> AlignmentConfig
         values: Fields that differ from the defaults. None selects the default.
     """
     preset = PRESETS[model]
-    loss = values.get("loss") or "cosine"
-    defaults = TARGETS[method].defaults(model, preset["depth"], preset["width"], loss)
+    target = TARGETS[method]
+    defaults = target.defaults(model, preset["depth"], preset["width"], values.get("loss"))
     chosen = {key: value for key, value in values.items() if value is not None}
     return AlignmentConfig(
         **{
             "method": method,
             "block": defaults.block,
             "weight": defaults.weight,
+            "projector_type": target.head or "none",
             "projector_layers": defaults.layers,
             "projector_width": defaults.hidden,
-            "settings": TARGETS[method].Settings(),
+            "loss": defaults.loss,
+            "t_range": defaults.t_range,
+            "settings": target.Settings(),
         }
         | chosen
     )
@@ -190,6 +246,7 @@ def resolve_alignments(args: argparse.Namespace, model: str) -> tuple[AlignmentC
         )
         _check_alignment(alignment, model)
         alignments.append(alignment)
+    _check_conditions(args, alignments)
     return tuple(alignments)
 
 
@@ -246,6 +303,21 @@ def _check_alignment(alignment: AlignmentConfig, model: str) -> None:
     low, high = alignment.t_range
     if low > high:
         raise UserError(f"--align-t-range {low} {high}: LO must not exceed HI")
+
+
+def _check_conditions(args: argparse.Namespace, alignments: list[AlignmentConfig]) -> None:
+    """Raise UserError if a flag was passed that has no effect on any of the methods."""
+    shared_fields = {field.name: field for field in _SHARED_FIELDS}
+    for name, (condition, value) in CONDITIONS.items():
+        field = shared_fields[name]
+        was_passed = getattr(args, get_destination(field)) is not None
+        has_effect = any(getattr(alignment, condition) == value for alignment in alignments)
+        if was_passed and not has_effect:
+            needed = f"{get_flag_names(shared_fields[condition])[0]} {value}"
+            raise UserError(
+                f"{get_flag_names(field)[0]} has no effect without {needed}: pass both, or remove "
+                "it"
+            )
 
 
 def _split_per_method(field: dataclasses.Field, given: list | None, methods: list[str]) -> list:

@@ -8,7 +8,7 @@ from dataset import CachedBatch
 from interpolant import INTERPOLANTS, WEIGHTINGS, time_interval
 from latents.manifest import Manifest
 from models.autoencoder import LatentScale
-from models.targets import TrainingInputs
+from models.target import TrainingInputs
 from training.config import ObjectiveConfig
 
 
@@ -61,6 +61,7 @@ class InputSampler:
         return {
             "latents": self.scale.sample(moments, values[Purpose.POSTERIOR].float()),
             "labels": torch.where(is_dropped, self.null_class, labels),
+            "classes": labels,
             "noise": values[Purpose.NOISE].float(),
             "t": times.float(),
             "posterior_mean": self.scale.mean(moments),

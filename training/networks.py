@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from latents.manifest import Manifest
 from latents.remote.local_copy import resolve_local_cache
 from latents.sources import copy_moments
 from models.labels import TrainedLabels
-from models.targets import CacheInfo
+from models.target import CacheInfo
 from training.alignment import (
     Alignment,
     load_alignments,
@@ -42,6 +43,7 @@ from training.config import (
 )
 from training.coordination import fail_together
 from training.evaluation import Evaluator
+from training.frozen_network import load_frozen_network
 from training.preview import Preview, load_vae
 from training.resume import (
     RunPosition,
@@ -125,6 +127,13 @@ def build_networks(
         state.emas[0],
         settings.objective.path_type,
         accelerator.autocast,
+        partial(
+            load_frozen_network,
+            network=network,
+            path_type=settings.objective.path_type,
+            manifest=manifest,
+            device=accelerator.device,
+        ),
         settings.device.compile,
     )
     loaded_alignments = load_alignments(settings.alignments, align, cache_info, context)

@@ -13,7 +13,8 @@ import torch
 
 from models.flops import backbone_flops, head_flops
 from models.sit import SiTConfig
-from models.targets import TARGETS, CacheInfo
+from models.target import CacheInfo
+from models.targets import TARGETS
 from training.alignment import head_specs
 
 T = TypeVar("T")

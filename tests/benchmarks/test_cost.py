@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import models.targets
+import models.encoder_target
 from benchmarks import cost, train_step, variant_steps
 from benchmarks.measure import Timings
 from benchmarks.table import TABLES
@@ -63,9 +63,9 @@ def stub_encoder(monkeypatch):
     def describe_encoder(name, resolution, side=None):
         return EncoderShape(WIDTH, resolution)
 
-    monkeypatch.setattr(models.targets, "Encoder", StubEncoder)
-    monkeypatch.setattr(models.targets, "describe_encoder", describe_encoder)
-    monkeypatch.setattr(models.targets, "encoder_cost", count_stub_encoder_cost)
+    monkeypatch.setattr(models.encoder_target, "Encoder", StubEncoder)
+    monkeypatch.setattr(models.encoder_target, "describe_encoder", describe_encoder)
+    monkeypatch.setattr(models.encoder_target, "encoder_cost", count_stub_encoder_cost)
     # Replace the measurement, which takes a second.
     monkeypatch.setattr(train_step, "measure_matmul_rate", lambda *_, **__: 1e11)
     StubEncoder.pretrained_flags.clear()
@@ -245,7 +245,7 @@ def test_peak_memory_excludes_earlier_allocations(monkeypatch):
     [
         (
             ["--align", "none+sra2"],
-            "none+sra2 must be none, or distinct methods out of sra2, repa, sra joined by +",
+            "none+sra2 must be none, or distinct methods out of sra2, repa, sra, layersync, selftrans joined by +",
         ),
         (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
         (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),

@@ -17,9 +17,10 @@ from models.encoder import (
     patch_tokens,
     resample_tokens,
 )
+from models.encoder_target import EncoderSettings, EncoderTokens
 from models.errors import FieldError
 from models.sit import SiTConfig
-from models.targets import CacheInfo, EncoderSettings, EncoderTokens
+from models.target import CacheInfo
 from models.weights import (
     ENCODER_ALIASES,
     REPA_ENCODERS,

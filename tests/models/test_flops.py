@@ -8,7 +8,7 @@ from models.autoencoder import LatentScale
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT, make_head
 from models.sit import PRESETS, SiT, SiTConfig
-from models.targets import CacheInfo
+from models.target import CacheInfo
 from training.throughput import mean_training_flops, measure_matmul_rate, training_flops
 
 SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classes=5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from training.alignment import (
     plan_alignments,
 )
 from training.config import Settings, build_network_config, parse_settings
+from training.frozen_network import load_frozen_network
 from training.guard import NonFiniteGuard
 from training.sharding import make_sharding
 from training.state import build_state, initialize_sharded_state
@@ -57,8 +59,19 @@ def make_step(
     )
     if sharding:
         initialize_sharded_state(state, align, settings.run.seed)
+    load_network = partial(
+        load_frozen_network,
+        network=network,
+        path_type=settings.objective.path_type,
+        manifest=cache.manifest,
+        device=device,
+    )
     context = make_run_context(
-        state.emas[0], settings.objective.path_type, nullcontext, settings.device.compile
+        state.emas[0],
+        settings.objective.path_type,
+        nullcontext,
+        load_network,
+        settings.device.compile,
     )
     alignments = load_alignments(settings.alignments, align, cache_info, context)
     guard = NonFiniteGuard(state.optimizer)

@@ -18,7 +18,7 @@ from common.cli import UserError
 from dataset import CachedBatch, TrainingStream
 from latents.cache import LatentCache
 from models.projector import Projector
-from models.targets import Defaults, Plan, Target
+from models.target import Defaults, Plan, Target
 from preprocessing import encode_features, encode_latents
 from tests.helpers import ROOT, have_equal_weights, read_metrics, train_flags
 from tests.training.steps import make_settings, make_step
@@ -473,16 +473,20 @@ def values(alignments, name):
 
 
 def test_defaults_are_those_of_each_paper():
-    alignments = resolve("--align", "sra2", "repa", "sra")
-    assert values(alignments, "block") == [8, 8, 8]
-    assert values(alignments, "weight") == [1.0, 0.5, 0.5]
-    assert values(alignments, "projector_layers") == [5, 3, 2]
-    assert values(alignments, "projector_width") == [2304, 2048, 2304]
+    methods = ("--align", "sra2", "repa", "sra", "layersync", "selftrans")
+    alignments = resolve(*methods)
+    assert values(alignments, "block") == [8, 8, 8, 8, 14]
+    assert values(alignments, "weight") == [1.0, 0.5, 0.5, 0.2, 0.5]
+    assert values(alignments, "projector_type") == ["mlp", "mlp", "mlp", "none", "mlp"]
+    assert values(alignments[:3], "projector_layers") == [5, 3, 2]
+    assert values(alignments[:3], "projector_width") == [2304, 2048, 2304]
+    assert values(alignments, "loss") == [*["cosine"] * 4, "l2"]
+    assert values(alignments, "t_range") == [*[(0, 1)] * 4, (0.4, 0.7)]
     smooth_l1 = resolve("--align", "sra", "--align-loss", "smooth_l1")
     assert values(smooth_l1, "weight") == [0.2]
-    base = resolve("--align", "sra2", "repa", "sra", model="SiT-B/2")
-    assert values(base, "block") == [2, 8, 3]
-    assert values(resolve("--align", "repa", model="SiT-Ti/2"), "block") == [4]
+    base = resolve(*methods, model="SiT-B/2")
+    assert values(base, "block") == [2, 4, 3, 3, 6]
+    assert values(resolve("--align", "repa", model="SiT-Ti/2"), "block") == [2]
 
 
 def test_one_value_is_for_all_methods_and_several_are_one_per_method():
