@@ -313,7 +313,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is invalid or incompatible with another flag.
     """
-    prefixes = ("--align", "--projector", "--repa", "--sra", "--eval-latents")
+    prefixes = (
+        *("--align", "--projector", "--target-norm", "--spnorm", "--zscore"),
+        *("--repa", "--sra", "--layersync", "--selftrans", "--eval-latents"),
+    )
     args, train_flags = parse_study_flags(make_parser(), argv, *prefixes)
     if not args.scale and not args.plot:
         raise UserError(f"--scale is missing; pass one of {', '.join(SCALES)}, or --plot FILE.json")
