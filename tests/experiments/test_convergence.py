@@ -122,6 +122,7 @@ def test_methods_align_their_tuned_blocks():
         if name == "layersync":  # two sevenths of the depth separate the blocks
             assert alignments[0].settings.target_block == 4
     assert aligned.pop("vanilla") == [] and aligned.pop("sra2+repa") == [3, 6]
+    assert aligned.pop("repa-stop") == [6]
     assert aligned == {name: [block] for name, block in blocks.items()}
 
 
