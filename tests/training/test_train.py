@@ -24,7 +24,14 @@ from common.cli import UserError
 from latents.cache import LatentCache
 from models.autoencoder import LatentScale
 from models.targets import latent_tokens
-from tests.helpers import have_equal_weights, make_vae, read_metrics, run_ranks, train_flags
+from tests.helpers import (
+    call_main,
+    have_equal_weights,
+    make_vae,
+    read_metrics,
+    run_ranks,
+    train_flags,
+)
 from tests.training.steps import make_settings
 from training.inputs import InputSampler
 from training.preview import Preview
@@ -41,10 +48,7 @@ def unbroken(tmp_path_factory, cache):
     A checkpoint after five steps therefore falls between two log lines.
     """
     exps = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        flags = train_flags(cache, exps, "run", "--max-train-steps", 10, *ALIGNED)
-        patch.setattr(sys, "argv", ["train.py", *flags])
-        train.main()
+    call_main(train, *train_flags(cache, exps, "run", "--max-train-steps", 10, *ALIGNED))
     return exps / "run"
 
 
