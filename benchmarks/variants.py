@@ -103,7 +103,7 @@ def make_plans(config: StepConfig, variants: list[str]) -> dict[str, Plan]:
     Raises:
         UserError: If the settings contradict each other.
     """
-    plans = {}
+    plans: dict[str, Plan] = {}
     for group in group_variants(variants):
         plan = make_plan(config, group)
         plans |= {variant: select_variant(plan, variant) for variant in group}
