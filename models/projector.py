@@ -98,7 +98,8 @@ class AlignedOutput(NamedTuple):
     projected: dict[str, Tensor]  # name of the head -> output tokens, (B, N, output_dim)
     # Name of the head -> mean norm of the input tokens, (B,), without gradient.
     token_norm: dict[str, Tensor]
-    student_tokens: dict[int, Tensor]  # requested block -> tokens, (B, N, D)
+    # Requested block -> tokens, (B, N, D), without gradient.
+    student_tokens: dict[int, Tensor]
 
 
 class AlignedSiT(nn.Module):
@@ -163,6 +164,5 @@ class AlignedSiT(nn.Module):
         ]
         if inactive_sums:
             prediction = prediction + 0 * sum(inactive_sums)
-        return AlignedOutput(
-            prediction, projected, token_norm, {block: tokens[block] for block in student_blocks}
-        )
+        student_tokens = {block: tokens[block].detach() for block in student_blocks}
+        return AlignedOutput(prediction, projected, token_norm, student_tokens)

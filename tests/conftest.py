@@ -23,6 +23,16 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sra2-tests-")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def constant_matmul_rate():
+    """Replace the measurement of the matrix product rate, which takes 0.2 s per run."""
+    from training import setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "measure_matmul_rate", lambda device, dtype: 1e11)
+        yield
+
+
 @pytest.fixture
 def call(capsys):
     """Return a function that runs a command in this process.

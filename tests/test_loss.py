@@ -1,10 +1,11 @@
 """Compare denoising and alignment losses with direct computations."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import ALIGN_LOSSES, alignment_loss, denoising_loss
+from loss import ALIGN_LOSSES, alignment_loss, denoising_loss, standardize_tokens
 
 
 def make_tokens(seed=0, shape=(4, 16, 12)):
@@ -89,3 +90,22 @@ def test_denoising_loss_is_the_mean_square_per_sample():
     a, b = make_tokens(0), make_tokens(1)
     expected = torch.stack([F.mse_loss(x, y) for x, y in zip(a, b)])
     torch.testing.assert_close(denoising_loss(a, b), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_tokens_are_standardized_per_image_and_channel(alpha):
+    tokens = make_tokens() * 3 + 2
+    expected = np.empty(tokens.shape)
+    for image in range(4):
+        for channel in range(12):
+            values = tokens[image, :, channel].numpy().astype(np.float64)
+            difference = values - alpha * values.mean()
+            expected[image, :, channel] = difference / (values.std(ddof=1) + 1e-6)
+    actual = standardize_tokens(tokens, alpha)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-5)
+    half = tokens.bfloat16()
+    assert torch.equal(standardize_tokens(half, alpha), standardize_tokens(half.float(), alpha))
+
+
+def test_constant_tokens_are_standardized_to_finite_values():
+    assert not standardize_tokens(torch.full((1, 4, 2), 5.0), alpha=1.0).any()

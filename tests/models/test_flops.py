@@ -15,12 +15,17 @@ SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classe
 HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
 CACHE = CacheInfo(32, LatentScale(1.0, 0.0), [], [])
 SRA2 = {"method": "sra2", "weight": 0.5, "head": HEAD}
+CONV_HEADS = [
+    {"kind": "conv", "width": 64, "out": 16, "kernel_size": 1},
+    {"kind": "conv", "width": 64, "out": 48, "kernel_size": 3},
+]
 
 
-def test_flops_match_the_flop_counter_of_pytorch():
+@pytest.mark.parametrize("head", [HEAD, *CONV_HEADS])
+def test_flops_match_the_flop_counter_of_pytorch(head):
     """Training FLOPs agree within 2%, because the first layers need no input gradients."""
     torch.manual_seed(0)
-    model = AlignedSiT(SiT(SMALL), {"sra2": make_head(HEAD)}, {"sra2": 2})
+    model = AlignedSiT(SiT(SMALL), {"sra2": make_head(head)}, {"sra2": 2})
     for block in model.backbone.blocks:
         block.attn.fused_attn = False  # the counter ignores fused attention on the CPU
     x = torch.randn(2, 4, 8, 8)
@@ -28,14 +33,23 @@ def test_flops_match_the_flop_counter_of_pytorch():
     y = torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
         model(x, t, y)
-    assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))
+    assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, head))
     with FlopCounterMode(display=False) as forward_and_backward:
         output = model(x, t, y)
         (output.prediction.sum() + output.projected["sra2"].sum()).backward()
-    expected = 2 * training_flops(SMALL, [SRA2], CACHE)
+    expected = 2 * training_flops(SMALL, [SRA2 | {"head": head}], CACHE)
     assert forward_and_backward.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_flops_of_the_teacher_match_the_flop_counter_of_pytorch():
+    backbone = SiT(SMALL)
+    for block in backbone.blocks:
+        block.attn.fused_attn = False  # the counter ignores fused attention on the CPU
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.rand(2)
+    y = torch.tensor([0, 1])
     with FlopCounterMode(display=False) as teacher:
-        model.backbone.compute_block_tokens(x, t, y, (2,))
+        backbone.compute_block_tokens(x, t, y, (2,))
     sra = {"method": "sra", "weight": 0.5, "teacher_block": 2, "head": None}
     teacher_flops = training_flops(SMALL, [sra], CACHE) - training_flops(SMALL, [], CACHE)
     assert teacher.get_total_flops() == 2 * teacher_flops

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.errors import FieldError
-from models.projector import AlignedSiT, Projector
+from models.projector import AlignedSiT, ConvHead, Projector, make_head
 from models.sit import PRESETS, SiT, SiTConfig, default_align_block, sincos_position_embedding
 from models.targets import latent_tokens
 
@@ -273,3 +273,22 @@ def test_projected_tokens_are_float32_under_any_autocast(dtype):
     assert projected.dtype == torch.float32 and hidden[0].dtype == torch.float32
     assert not torch.equal(projected, projected.to(dtype).float())
     assert torch.equal(hidden[0], hidden[0].to(dtype).float())
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_conv_head_is_a_convolution_over_the_token_grid_with_zero_padding(kernel_size):
+    torch.manual_seed(0)
+    head = make_head({"kind": "conv", "width": 6, "out": 5, "kernel_size": kernel_size})
+    assert isinstance(head, ConvHead)
+    tokens = torch.randn(2, 16, 6)
+    weight = head.conv.weight
+    expected = head.conv.bias.expand(2, 16, 5).clone()
+    for row, column, i, j in itertools.product(range(4), range(4), *[range(kernel_size)] * 2):
+        other_row = row + i - kernel_size // 2
+        other_column = column + j - kernel_size // 2
+        if 0 <= other_row < 4 and 0 <= other_column < 4:
+            neighbor = tokens[:, 4 * other_row + other_column]
+            expected[:, 4 * row + column] += neighbor @ weight[:, :, i, j].T
+    torch.testing.assert_close(head(tokens), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(tokens).dtype == torch.float32

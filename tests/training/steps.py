@@ -1,5 +1,6 @@
 """Builds a `Step` without accelerate's set-up, on any device."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from latents.cache import LatentCache
@@ -76,3 +78,16 @@ def make_step(
     alignments = load_alignments(settings.alignments, align, cache_info, context)
     guard = NonFiniteGuard(state.optimizer)
     return train.make_step(settings, accelerator, state, cache.manifest, alignments, guard)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches, except views, which launch no kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))

@@ -14,13 +14,12 @@ from timm.layers import resample_abs_pos_embed
 import models.targets
 import train
 from checkpointing import export
-from common.cli import UserError
-from dataset import CachedBatch, TrainingStream
+from dataset import TrainingStream
 from latents.cache import LatentCache
 from models.projector import Projector
 from models.target import Defaults, Plan, Target
-from preprocessing import encode_features, encode_latents
-from tests.helpers import ROOT, have_equal_weights, read_metrics, train_flags
+from preprocessing import encode_features
+from tests.helpers import ROOT, read_metrics, train_flags
 from tests.training.steps import make_settings, make_step
 from training import alignment_config
 from training.alignment import (
@@ -108,23 +107,6 @@ def test_channel_normalisation_is_over_the_whole_cache(make):
     channels = tokens.reshape(-1, 4)
     torch.testing.assert_close(channels.mean(0), torch.zeros(4), atol=0.1, rtol=0)
     torch.testing.assert_close(channels.std(0), torch.ones(4), atol=0.1, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def with_images(tmp_path_factory, tree, vae_folder):
-    """A folder with a cache that keeps its images, and random encoder weights in timm's format."""
-    folder = tmp_path_factory.mktemp("with-images")
-    flags = f"--source {tree} --dest {folder / 'data'} --resolution 32 --vae {vae_folder}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sys.argv", ["encode_latents", *flags.split(), "--shard-size", "10", "--keep-images"]
-        )
-        encode_latents.main()
-    torch.manual_seed(0)
-    network = timm.create_model("test_vit", pretrained=False)
-    torch.nn.init.normal_(network.pos_embed)
-    save_file(network.state_dict(), folder / "weights.safetensors")
-    return folder
 
 
 def repa_flags(with_images, *more):
@@ -246,17 +228,6 @@ def test_sra_teacher_gets_the_students_noise_and_dropped_labels(make, monkeypatc
     assert 0 < (student.labels == 3).sum() < 8
 
 
-def test_gradients_reach_only_the_student(make):
-    step, batch = make("--align", "sra2", "sra", "--align-loss", "l2", "smooth_l1")
-    moments = batch.moments.float().requires_grad_()  # x_t and the targets are computed from them
-    step(CachedBatch(batch.stream_position, moments, batch.labels))
-    ema_parameters = list(step.state.emas[0].parameters())
-    assert all(p.grad is None and not p.requires_grad for p in ema_parameters)
-    assert not any(tokens.requires_grad for calls in make.calls.values() for _, tokens in calls)
-    trained = [p for p in step.state.model.parameters() if p.requires_grad]
-    assert len(step.state.optimizer.state) == len(trained)
-
-
 def test_head_of_weight_zero_has_no_gradient(make):
     step, batch = make("--align", "sra2", "sra", "--align-weight", "0", "1")
     step(batch)
@@ -292,28 +263,6 @@ def test_method_stops_at_its_step_while_the_other_continues(make):
     assert not step.state.model.heads["sra2"][0].weight.grad
 
 
-class Sync(Target):
-    """Aligns a block with a later block of the same forward pass, without a head."""
-
-    name, title, paper = "sync", "Sync", "a test"
-    head = None
-
-    @staticmethod
-    def defaults(model, depth, width, loss):
-        return Defaults(block=2, weight=0.2, layers=1, hidden=1)
-
-    @staticmethod
-    def plan(settings, network, cache):
-        return Plan(network.width)
-
-    @property
-    def student_blocks(self):
-        return (4,)
-
-    def __call__(self, inputs, student_tokens):
-        return student_tokens[4]
-
-
 @dataclass(frozen=True)
 class PairSettings:
     shift: float = 1.0
@@ -341,33 +290,28 @@ class Pair(Target):
 
 
 @pytest.fixture
-def more_methods(monkeypatch):
-    monkeypatch.setitem(models.targets.TARGETS, "sync", Sync)
+def pair_method(monkeypatch):
     monkeypatch.setitem(models.targets.TARGETS, "pair", Pair)
 
 
-def test_method_without_head_compares_two_blocks_of_the_student(make, more_methods):
-    step, batch = make("--align", "sync", "--align-loss", "l2")
+def test_layersync_compares_two_blocks_of_one_forward_pass_without_a_head(make):
+    step, batch = make("--align", "layersync", "--layersync-target-block", 4)
     model = step.state.model
     for block in model.backbone.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
-    assert not list(model.heads.parameters()) and step.alignments["sync"].config.weight == 0.2
+    assert not list(model.heads.parameters()) and step.alignments["layersync"].config.weight == 0.2
     inputs = step.sample_inputs(batch)
     total, scalars = step.compute_losses(inputs)
-    x_t = step.interpolant.coefficients(inputs.t[:, None, None, None])
-    x_t = x_t[0] * inputs.latents + x_t[1] * inputs.noise
-    tokens = model.backbone.compute_block_tokens(x_t, inputs.t, inputs.labels, (2, 4))
-    expected = (tokens[2] - tokens[4].detach()).square().mean((1, 2))
-    torch.testing.assert_close(scalars["align/sync"], expected)
+    tokens = model.backbone.compute_block_tokens(*_noisy(step, inputs), (2, 4))
+    products = (tokens[2] * tokens[4]).sum(-1)
+    cosines = products / (tokens[2].norm(dim=-1) * tokens[4].norm(dim=-1))
+    expected = 1 - cosines.mean(1)
+    assert (expected > 1e-5).all()
+    torch.testing.assert_close(scalars["align/layersync"], expected)
     torch.testing.assert_close(total, scalars["denoising"] + 0.2 * expected)
 
 
-def test_block_cannot_be_compared_with_itself(make, more_methods):
-    with pytest.raises(UserError, match="--align-depth 4: --align sync uses this block"):
-        make("--align", "sync", "--align-depth", "4")
-
-
-def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, more_methods):
+def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, pair_method):
     step, batch = make("--align", "pair", "--align-loss", "l1")
     heads = step.state.model.heads
     assert sorted(heads) == ["pair-a", "pair-b"]
@@ -387,8 +331,8 @@ def _noisy(step, inputs):
     return alpha * inputs.latents + sigma * inputs.noise, inputs.t, inputs.labels
 
 
-def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, cache, tmp_path):
-    flags = train_flags(cache, tmp_path, "run", "--align", "sra2", "sync", "pair")
+def test_new_methods_train_and_resume_from_the_command_line(call, pair_method, cache, tmp_path):
+    flags = train_flags(cache, tmp_path, "run", "--align", "sra2", "layersync", "pair")
     flags += ["--pair-shift", "2", "--pair-negate"]
     for steps in (1, 2):
         code, out = call(train, *flags, "--max-train-steps", steps)
@@ -396,14 +340,14 @@ def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, 
     checkpoint = tmp_path / "run/checkpoints/0000002"
     assert load_file(checkpoint / "optimizer.safetensors")["0.step"] == 2
     config = json.loads((checkpoint / "config.json").read_text())
-    sync, pair = config["align"][1:]
-    assert sync["head"] is None
+    layersync, pair = config["align"][1:]
+    assert layersync["head"] is None
     assert (pair["shift"], pair["negate"]) == (2.0, True) and pair["heads"]["b"]["out"] == 7
     assert read_metrics(tmp_path / "run")[-1]["align/pair"] > 0
     code, out = call(export, tmp_path / "run", "--to", tmp_path / "export")
     assert code == 0, out
     card = (tmp_path / "export/README.md").read_text()
-    assert "Sync (a test) on block 2, no head" in card
+    assert "LayerSync (arXiv:2510.12581) on block 2, no head" in card
     assert "Pair (a test) on block 3, 2 layers in the head" in card
 
 
@@ -413,7 +357,7 @@ def test_example_method_of_the_docs_trains(call, cache, tmp_path, monkeypatch):
     exec(example, namespace)
     monkeypatch.setitem(models.targets.TARGETS, "coarse", namespace["Coarse"])
     options = "--align sra2 coarse --align-depth 2 6 --align-loss smooth_l1 cosine --coarse-side 4"
-    flags = without_projector_width(train_flags(cache, tmp_path, "run", *options.split()))
+    flags = train_flags(cache, tmp_path, "run", *options.split(), projector_width=None)
     code, out = call(train, *flags, "--max-train-steps", 2)
     assert code == 0 and "coarse: side 4, block 6, cosine, weight 1; head" in out, out
     assert read_metrics(tmp_path / "run")[-1]["align/coarse"] > 0
@@ -424,33 +368,6 @@ def test_example_method_of_the_docs_trains(call, cache, tmp_path, monkeypatch):
     plain = train_flags(cache, tmp_path, "other")
     code, out = call(train, *plain, "--coarse-side", 4)
     assert code == 2 and "--coarse-side needs --align coarse, but --align sra2" in out
-
-
-def without_projector_width(flags):
-    return [flag for flag in flags if flag not in ("--projector-width", "64")]
-
-
-def test_all_methods_together_resume_bit_for_bit(call, with_images, tmp_path, process_group):
-    """A sharded run of all methods has the same losses."""
-    objective = "--prediction x --weighting lognormal --path-type vp"
-    options = repa_flags(with_images, "--repa-side", 64, *objective.split())
-    options[1:2] = ["sra2", "repa", "sra"]
-    unbroken, resumed, sharded = (
-        train_flags(with_images / "data", tmp_path, name, *options)
-        for name in ("unbroken", "resumed", "sharded")
-    )
-    assert call(train, *unbroken, "--max-train-steps", 4)[0] == 0
-    assert call(train, *resumed, "--max-train-steps", 2)[0] == 0
-    assert call(train, *resumed, "--max-train-steps", 4)[0] == 0
-    assert read_metrics(tmp_path / "unbroken") == read_metrics(tmp_path / "resumed")
-    assert have_equal_weights(tmp_path / "unbroken", tmp_path / "resumed", "0000004")
-    code, out = call(train, *resumed, "--max-train-steps", 6, "--align-depth", 1)
-    assert code == 2 and "--align-depth was" in out
-    assert call(train, *sharded, "--max-train-steps", 4, "--shard", "full")[0] == 0
-    for row, expected in zip(
-        read_metrics(tmp_path / "sharded"), read_metrics(tmp_path / "resumed")
-    ):
-        assert row == pytest.approx(expected, rel=1e-4)
 
 
 def test_setting_of_a_method_is_part_of_the_run(call, cache, tmp_path):
@@ -499,17 +416,27 @@ def test_one_value_is_for_all_methods_and_several_are_one_per_method():
     assert values(shared, "t_range") == [(0.2, 0.5)] * 2
 
 
-def test_description_states_what_is_computed_and_until_when(cache):
-    flags = "--align sra2 sra --align-weight 0.5 0 --align-stop-step 4000 0"
+def test_description_states_what_is_computed_and_until_when(cache, trained):
+    flags = (
+        "--align sra2 sra layersync selftrans --align-weight 0.5 0 0.2 0.5 --align-stop-step 4000 "
+        "0 0 0 --projector-type conv mlp none mlp --target-norm zscore none none none "
+        f"--selftrans-checkpoint {trained}"
+    )
     settings = make_settings(cache, *flags.split())
     step = make_step(settings, CPU)
     manifest = LatentCache(cache).manifest
     network = step.state.model.backbone.config
     cache_info = make_cache_info(manifest)
     entries = plan_alignments(settings.alignments, network, cache_info)
-    sra2, sra = [describe_alignment(entry, step.state.model, cache_info) for entry in entries]
+    sra2, sra, layersync, selftrans = [
+        describe_alignment(entry, step.state.model, cache_info) for entry in entries
+    ]
+    assert sra2.startswith("sra2: target norm zscore, zscore alpha 0.6, target mean, normalize ")
     assert "weight 0.5 until step 4,000; head: " in sra2 and "FLOPs forward and backward" in sra2
     assert sra.endswith("weight 0; not computed")
+    assert layersync == "layersync: target block 3, block 2, cosine, weight 0.2; no head"
+    assert selftrans.startswith("selftrans: teacher block 4, guidance 30.0, block 3, l2, weight ")
+    assert "; target: 1.2M parameters, +" in selftrans and selftrans.endswith("% FLOPs forward")
 
 
 def test_settings_are_built_without_argparse():
@@ -545,6 +472,30 @@ def test_settings_of_a_method_may_be_zero():
         (["--align-t-range", 0.5], "--align-t-range 0.5: pass 2 values, not 1"),
         (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block 7: the model has"),
         (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number in [0, 1]"),
+        (
+            ["--layersync-target-block", 4],
+            "--layersync-target-block needs --align layersync, but --align sra2",
+        ),
+        (
+            ["--align", "layersync", "--projector-width", 64],
+            "--projector-width has no effect without --projector-type mlp",
+        ),
+        (
+            ["--projector-type", "conv", "--projector-layers", 2],
+            "--projector-layers has no effect without --projector-type mlp",
+        ),
+        (
+            ["--projector-kernel", 3],
+            "--projector-kernel has no effect without --projector-type conv: pass both",
+        ),
+        (["--projector-kernel", 2], "2 is even; pass an odd number"),
+        (["--zscore-alpha", 0.5], "--zscore-alpha has no effect without --target-norm zscore"),
+        (
+            ["--projector-type", "none"],
+            "--projector-type none: the target tokens of sra2 have 16 channels and those of the "
+            "blocks 128; choose another head",
+        ),
+        (["--align", "selftrans"], "--selftrans-checkpoint is required by --align selftrans"),
         (["--align", "repa"], "--align repa needs images, but the cache has none"),
         (["--align", "repa", "--repa-encoder", "dinov2-c"], "--repa-encoder dinov2-c"),
         (
@@ -554,7 +505,26 @@ def test_settings_of_a_method_may_be_zero():
     ],
 )
 def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
-    given = without_projector_width(train_flags(cache, tmp_path, "run"))
+    given = train_flags(cache, tmp_path, "run", projector_width=None)
     code, out = call(train, *given, *flags)
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--align", "layersync", "--align-depth", 3],
+            "--align-depth 3: --align layersync uses this block as its target",
+        ),
+        (
+            ["--align", "selftrans", "--selftrans-checkpoint", "/none"],
+            "--selftrans-checkpoint /none does not exist",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_built_end_in_one_line(call, cache, tmp_path, flags, message):
+    code, out = call(train, *train_flags(cache, tmp_path, "run", *flags, projector_width=None))
+    assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
+    assert not (tmp_path / "run/args.json").exists()

@@ -13,7 +13,7 @@ from accelerate.utils import AutocastKwargs
 import train
 from common.cli import UserError
 from tests.helpers import have_equal_weights, read_metrics, train_flags
-from training import accelerator, config, setup
+from training import accelerator, config
 
 
 @pytest.fixture
@@ -33,8 +33,6 @@ def fp16(monkeypatch):
 
     monkeypatch.setattr(accelerator, "Accelerator", CPUAccelerator)
     monkeypatch.setattr(config, "resolve_precision", lambda mixed_precision: mixed_precision)
-    # fp16 matrix products are very slow on CPUs.
-    monkeypatch.setattr(setup, "measure_matmul_rate", lambda device, dtype: 1e12)
     return ["--mixed-precision", "fp16", "--log-every", "2", "--align-weight", "8"]
 
 

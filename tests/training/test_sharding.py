@@ -31,6 +31,7 @@ from tests.helpers import (
     run_ranks,
     train_flags,
 )
+from tests.training.sharded_steps import assert_close, check_collectives, train_in_processes
 from tests.training.steps import make_settings, make_step
 from training import checkpoints, sharding
 from training.checkpoints import SaveError, Snapshot, WrittenFile, write_checkpoint
@@ -52,61 +53,26 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Check that tensors differ by at most 1e-6 relative to the norm of all of them.
-
-    The difference of each tensor is at most 1e-5 relative to its norm: AdamW scales up rounding
-    errors of biases that are initialized with zeros. The biases of keys are ignored, because
-    attention does not depend on them, so their gradients consist of rounding errors.
-    """
-    assert actual.keys() == expected.keys()
-    squared_error = squared_norm = 0.0
-    for name, tensor in expected.items():
-        difference = actual[name] - tensor
-        if name.endswith("qkv.bias"):
-            query, _, value = difference.chunk(3)
-            difference = torch.cat((query, value))
-        squared_error += difference.square().sum().item()
-        squared_norm += tensor.square().sum().item()
-        assert difference.norm() <= 1e-5 * tensor.norm(), name
-    assert squared_error <= 1e-12 * squared_norm
-
-
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("num_processes", "num_steps", "modes"),
-    [
-        (2, 6, ["full", "optimizer+2"]),
-        pytest.param(2, 20, ["full", "full+2", "optimizer"], marks=pytest.mark.long),
-        pytest.param(4, 20, ["full", "hybrid", "hybrid+2"], marks=pytest.mark.long),
-    ],
+    ("num_processes", "modes"),
+    [(2, ["full", "full+2", "optimizer"]), (4, ["full", "hybrid", "hybrid+2"])],
 )
-def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes, num_steps, modes):
-    """Losses, gradient norms, weights, moments and EMAs; the gradients are clipped."""
+def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes, modes):
+    """Losses, gradient norms, weights, moments and EMAs; the gradients are clipped.
+
+    test_all_methods.py has a short variant.
+    """
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # with four processes, there are two nodes
-    output = tmp_path / "results.pt"
-    names = ["none", *modes]
-    run_ranks(num_processes, "tests.training.sharded_steps", output, cache, num_steps, *names)
-    results = torch.load(output)
-    expected = results.pop("none")
-    assert (expected["scalars"][:, 2] > 0.5).any(), "the gradients are never clipped"
-    for name, result in results.items():
-        torch.testing.assert_close(result["scalars"], expected["scalars"], rtol=1e-6, atol=0)
-        assert_close(result["tensors"], expected["tensors"])
-        check_collectives(name, result["collectives"])
-
-
-def check_collectives(name: str, counts: dict[str, int]) -> None:
-    """Check that a step communicates as often as docs/cluster/sharding.md states."""
-    mode, _, num_micro_batches = name.partition("+")
-    student, teacher = 6 + 1, 4 + 1  # blocks, and the parameters outside of blocks
-    count = int(num_micro_batches or 1)
-    gathers = (student + 6 + teacher) * count  # the blocks also in the backward pass
-    if mode == "optimizer":
-        gathers = student + teacher * count
-    assert counts["_allgather_base_"] == gathers
-    assert counts["_reduce_scatter_base_"] == student  # once, regardless of accumulation
-    # Across nodes, gradients are reduced once as well.
-    assert counts.get("allreduce_", 0) == (student if mode == "hybrid" else 0)
+    flags = ["--align", "sra2", "sra", "--max-grad-norm", "0.5", "--learning-rate", "1e-3"]
+    runs = {"both": {"flags": flags, "modes": modes, "num_steps": 20}}
+    results = train_in_processes(num_processes, tmp_path, cache, runs)["both"]
+    expected = results.pop("none")["scalars"]
+    assert max(row["grad_norm"] for row in expected) > 0.5, "the gradients are never clipped"
+    for mode, result in results.items():
+        for row, expected_row in zip(result["scalars"], expected, strict=True):
+            assert row == pytest.approx(expected_row, rel=1e-6), mode
+        check_collectives(mode, result["collectives"], depth=6, teacher_block=4)
 
 
 def test_one_sharded_process_equals_an_unsharded_one(

@@ -3,62 +3,21 @@
 Its tensors hold no data, so any host-device synchronization raises an error.
 """
 
-import sys
-from collections import Counter
-from contextlib import contextmanager, nullcontext
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset import CachedBatch
 from latents.cache import LatentCache
 from models.sit import SiTBlock
-from tests.training.steps import make_settings, make_step
+from tests.training.steps import OperationCounter, make_settings
 from training.alignment import make_cache_info, plan_alignments
 from training.config import build_network_config
 from training.state import build_state
-
-META = torch.device("meta")
-
-
-@pytest.fixture
-def make_meta_step(cache, monkeypatch):
-    """Return a function that builds, from flags, a Step on the meta device and a batch on the host.
-
-    Its attribute `is_reduced` lists, for each backward pass, whether gradients are all-reduced.
-    """
-    optimizers = sys.modules["torch.optim.optimizer"]
-    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    # The meta device has no autocast.
-    monkeypatch.setattr(torch, "autocast", lambda device_type, **_: nullcontext())
-    inside_no_sync, is_reduced = [], []
-
-    @contextmanager
-    def no_sync(model):
-        inside_no_sync.append(model)
-        yield
-        inside_no_sync.pop()
-
-    def backward(loss):
-        is_reduced.append(not inside_no_sync)
-        loss.backward()
-
-    def make(*flags):
-        step = make_step(make_settings(cache, *flags), META, no_sync, backward)
-        moments = torch.zeros(8, 8, 8, 8, dtype=torch.float16)
-        return step, CachedBatch(torch.arange(8), moments, torch.zeros(8, dtype=torch.int64))
-
-    make.is_reduced = is_reduced
-    return make
-
 
 OPTIONS = {
     "default": "",
     "vanilla": "--align none",
     "accumulated": "--gradient-accumulation-steps 2 --align-t-range 0 0.5 --ema-decay 0.9 0.5",
     "stopped": "--align-stop-step 1 --prediction x --weighting lognormal",
-    "teacher": "--align sra2 sra --align-loss cosine l2 --gradient-accumulation-steps 2",
     "recomputed": "--activation-checkpointing --align-loss smooth_l1 --align-target sample",
 }
 
@@ -71,19 +30,6 @@ def test_step_never_synchronizes_with_the_device(make_meta_step, flags):
     assert is_finite.is_meta and all(value.is_meta for value in scalars.values())
     assert len(scalars) == 3 + 3 * len(step.alignments)
     assert step.state.step == 2 and len(step.state.optimizer.state) > 50
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations that PyTorch dispatches, except views, which launch no kernel."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -108,11 +54,6 @@ def test_number_of_operations_outside_the_blocks(count_operations, flags, limit)
     """Each operation costs the host about 5 us on a GPU, for small and large networks alike."""
     counts = count_operations(flags)
     assert counts.total() < limit, counts.most_common()
-
-
-def test_method_of_weight_zero_is_not_computed(count_operations):
-    flags = "--align sra2 sra --align-weight 0"
-    assert count_operations(flags) == count_operations("--align none")
 
 
 SYNCHRONIZATIONS = [
@@ -156,25 +97,6 @@ def test_gradients_are_all_reduced_once_per_step(make_meta_step):
     step, batch = make_meta_step("--gradient-accumulation-steps", "4")
     step(batch)
     assert make_meta_step.is_reduced == [False, False, False, True]
-
-
-def test_compiled_step_has_few_graphs_and_does_not_compile_again(cache, graph_counter):
-    """The graphs are the inputs, the block, SRA's teacher, and the losses before and after a stop.
-
-    The teacher uses the same tensors as the EMA, so its tokens change after each step.
-    """
-    moments = torch.randn(8, 8, 8, 8)
-    rows = []
-    for flags in ([], ["--compile"]):
-        flags += ["--align", "sra2", "sra", "--align-stop-step", "2", "0"]
-        settings = make_settings(cache, *flags, "--align-t-range", "0", "0.7")
-        step = make_step(settings, torch.device("cpu"))
-        for first in (0, 8, 16, 2**33):
-            position = torch.arange(first, first + 8)
-            scalars, _ = step(CachedBatch(position, moments, torch.zeros_like(position)))
-            rows.append(torch.stack(list(scalars.values())))
-    assert graph_counter.frame_count == 5
-    assert torch.equal(torch.stack(rows[:4]), torch.stack(rows[4:]))
 
 
 @pytest.fixture
