@@ -159,7 +159,11 @@ def _describe_method(entry: dict) -> str:
     ]
     if entry["stop_step"] > 0:
         parts.append(f"in the first {entry['stop_step']:,} steps")
-    parts += [f"{key.replace('_', ' ')} {entry[key]}" for key in METHOD_KEYS if key in entry]
+    parts += [
+        f"{key.replace('_', ' ')} {format_value(entry[key])}"
+        for key in METHOD_KEYS
+        if key in entry
+    ]
     return ", ".join(parts)
 
 
