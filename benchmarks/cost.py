@@ -1,7 +1,7 @@
 r"""Measure the cost of alignment: parameters, FLOPs, time and memory (Table 5 of the SRA 2 paper).
 
-    python -m benchmarks.cost --model SiT-XL/2 --align none sra2 repa sra sra2+repa \
-        --batch-size 256 --precision bf16 --compile
+    python -m benchmarks.cost --model SiT-XL/2 --batch-size 256 --precision bf16 --compile \
+        --align none sra2 repa irepa sra layersync selftrans sra2+repa
 
 Parameters are counted for the backbone, for the heads, which are discarded after training, and for
 external networks, which only compute targets. FLOPs are per image, and a multiply-accumulate
@@ -17,7 +17,7 @@ from benchmarks.measure import write_result
 from benchmarks.run_steps import Plan
 from benchmarks.table import TABLES
 from benchmarks.train_step import make_step_parser, measure_variants
-from benchmarks.variants import StepConfig, make_plan, select_variant
+from benchmarks.variants import StepConfig, make_plans
 from common import cli
 from common.config import read_flags
 from models.flops import backbone_flops, head_flops
@@ -28,10 +28,10 @@ from training.alignment import head_specs
 from training.throughput import training_flops
 
 
-def count_costs(plan: Plan, variant: str) -> dict:
+def count_costs(plan: Plan) -> dict:
     """Count parameters and FLOPs per image of a variant, and compute the increase by alignment."""
     network = plan.network
-    align = select_variant(plan, variant).align
+    align = plan.align
     specs = [spec for entry in align for spec in head_specs(entry).values()]
     external = [TARGETS[entry["method"]].cost(entry, network, plan.cache) for entry in align]
     with torch.device("meta"):
@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
     variants = list(dict.fromkeys(args.align))
-    plan = make_plan(config, variants)
+    plans = make_plans(config, variants)
     result: dict
     if args.no_timing:
         result = {
@@ -82,8 +82,9 @@ def main() -> None:
     else:
         result = measure_variants(config, variants, args.rounds, args.steps, args.warm_up)
     for variant, measurements in result["results"].items():
-        measurements |= count_costs(plan, variant)
-    result |= {"benchmark": "cost", "align": plan.align}
+        measurements |= count_costs(plans[variant])
+    align = {variant: plan.align for variant, plan in plans.items()}
+    result |= {"benchmark": "cost", "align": align}
     write_result(result, args.json)
     print(f"\n{TABLES['cost'].format([result])}")
 

@@ -39,7 +39,13 @@ from benchmarks.measure import (
 from benchmarks.repa import REPA_STEPS, make_repa_steps
 from benchmarks.run_steps import Plan, make_accelerator
 from benchmarks.variant_steps import build_sharded_steps, build_steps, name_steps
-from benchmarks.variants import StepConfig, make_plan, parse_variant, select_variant
+from benchmarks.variants import (
+    StepConfig,
+    group_variants,
+    make_plan,
+    make_plans,
+    parse_variant,
+)
 from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags
@@ -131,7 +137,6 @@ def measure_variant_memory(
     plan: Plan, accelerator: Accelerator, variant: str, accumulated_parts: int | None
 ) -> dict[str, float]:
     """Measure the peak GPU memory of the steps of one variant in GiB, by the name of the step."""
-    plan = select_variant(plan, variant)
     peak_memory_gib = measure_peak_memory(
         accelerator, partial(build_steps, plan, accelerator, [variant], accumulated_parts)
     )
@@ -171,7 +176,8 @@ def measure_variants(
             "several processes in the log of train.py"
         )
     accumulated_parts = additions.accumulated_parts
-    plan = make_plan(config, variants)
+    plans = make_plans(config, variants)
+    plan = plans[variants[0]]
     accelerator = make_accelerator(config.mixed_precision)
     set_tf32(config.allow_tf32)
     device = accelerator.device
@@ -180,8 +186,11 @@ def measure_variants(
 
     # Measure the matmul rate before and after the timings, because machine speed drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
-    actions = build_steps(plan, accelerator, variants, accumulated_parts)
-    actions |= build_sharded_steps(plan, accelerator, variants)
+    actions: dict[str, Action] = {}
+    for group in group_variants(variants):
+        group_plan = make_plan(config, group)
+        actions |= build_steps(group_plan, accelerator, group, accumulated_parts)
+        actions |= build_sharded_steps(group_plan, accelerator, group)
     variant_of_step = {
         name: variant
         for variant in variants
@@ -200,7 +209,9 @@ def measure_variants(
     peak_memory_gib = dict(timings.peak_memory_gib)
     if device.type == "cuda":
         for variant in variants:
-            peak_memory_gib |= measure_variant_memory(plan, accelerator, variant, accumulated_parts)
+            peak_memory_gib |= measure_variant_memory(
+                plans[variant], accelerator, variant, accumulated_parts
+            )
     results = {}
     for name in dict.fromkeys([*variant_of_step, *timings.seconds]):  # grouped by variant
         step_s = median_and_quartiles(timings.seconds[name])
@@ -211,10 +222,11 @@ def measure_variants(
             "first_step_s": first_step_s[name],
         }
         if name in variant_of_step:
-            align = select_variant(plan, variant_of_step[name]).align
+            align = plans[variant_of_step[name]].align
             flops_per_s = training_flops(plan.network, align, plan.cache) * images_per_s
             results[name]["matmul_share"] = flops_per_s / rate
             results[name]["peak_memory_gib"] = peak_memory_gib[name]
+    methods = {entry["method"] for plan in plans.values() for entry in plan.align}
     pairs = [(variant, "none") for variant in variants if variant not in ("none", "plain")]
     pairs += [(name, variant) for name in REPA_STEPS for variant in variants]
     pairs += [(variant, name) for name, variant in variant_of_step.items() if name != variant]
@@ -225,12 +237,20 @@ def measure_variants(
         "precision": accelerator.mixed_precision,
         "rounds": rounds,
         "steps": calls,
-        "encoder_weights": "random" if select_variant(plan, "repa").align else None,
+        "encoder_weights": "random" if "repa" in methods else None,
         "matmul_flops_per_s": rate,
         "forward_flops_per_image": backbone_flops(plan.network),
         "results": results,
         "ratios": compare_times(timings.seconds, [*pairs, ("sra2", "plain")]),
     }
+
+
+def compute_head_share(plans: dict[str, Plan]) -> float:
+    """Return the FLOPs of all heads of the variants, divided by those of the backbone."""
+    entries = {str(entry): entry for plan in plans.values() for entry in plan.align}
+    network = next(iter(plans.values())).network
+    specs = [spec for entry in entries.values() for spec in head_specs(entry).values()]
+    return sum(head_flops(network, spec) for spec in specs) / backbone_flops(network)
 
 
 def main() -> None:
@@ -277,10 +297,7 @@ def main() -> None:
         variants.insert(0, "plain")
     additions = Additions(args.repa_repository, args.kernel_table, args.accumulated)
     result = measure_variants(config, variants, args.rounds, args.steps, args.warm_up, additions)
-    plan = make_plan(config, variants)
-    specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
-    flops_of_heads = sum(head_flops(plan.network, spec) for spec in specs)
-    result["head_flops_share"] = flops_of_heads / backbone_flops(plan.network)
+    result["head_flops_share"] = compute_head_share(make_plans(config, variants))
     write_result(result, args.json)
 
 

@@ -1,6 +1,7 @@
 """Plan runs of train.py on synthetic data, with several variants of alignment.
 
-A variant is "none", "plain", or the names of alignment methods joined by "+".
+A variant is "none", "plain", a key of `VARIANT_FLAGS`, or the names of alignment methods joined by
+"+". Variants whose methods have the same settings share one network.
 """
 
 import argparse
@@ -26,14 +27,29 @@ from training.config import (
     parse_settings,
 )
 
+# Variants of a method with other settings than its defaults.
+VARIANT_FLAGS = {
+    "irepa": [
+        "--align",
+        "repa",
+        "--projector-type",
+        "conv",
+        "--target-norm",
+        "zscore",
+        "--align-weight",
+        "1",
+    ],
+}
+
 
 def parse_variant(text: str) -> str:
     """Return the name of a variant if the name is valid. Used as an argparse type."""
     names = text.split("+")
     is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
-    if text != "none" and not is_known:
+    if text not in ("none", *VARIANT_FLAGS) and not is_known:
         raise argparse.ArgumentTypeError(
-            f"{text} must be none, or distinct methods out of {', '.join(TARGETS)} joined by +"
+            f"{text} must be none, {', '.join(VARIANT_FLAGS)}, or distinct methods out of "
+            f"{', '.join(TARGETS)} joined by +"
         )
     return text
 
@@ -70,7 +86,28 @@ class StepConfig(ModelConfig, DeviceConfig):
 
 def split_variant(variant: str) -> list[str]:
     """Return the alignment methods of a variant."""
-    return {"none": [], "plain": ["sra2"]}.get(variant, variant.split("+"))
+    special = {"none": [], "plain": ["sra2"], "irepa": ["repa"]}
+    return special.get(variant, variant.split("+"))
+
+
+def group_variants(variants: list[str]) -> list[list[str]]:
+    """Return groups of variants that can share a network and a plan."""
+    shared = [variant for variant in variants if variant not in VARIANT_FLAGS]
+    separate = [[variant] for variant in variants if variant in VARIANT_FLAGS]
+    return [shared, *separate] if shared else separate
+
+
+def make_plans(config: StepConfig, variants: list[str]) -> dict[str, Plan]:
+    """Return the plan of each variant.
+
+    Raises:
+        UserError: If the settings contradict each other.
+    """
+    plans: dict[str, Plan] = {}
+    for group in group_variants(variants):
+        plan = make_plan(config, group)
+        plans |= {variant: select_variant(plan, variant) for variant in group}
+    return {variant: plans[variant] for variant in variants}
 
 
 def select_variant(plan: Plan, variant: str) -> Plan:
@@ -86,7 +123,7 @@ def select_variant(plan: Plan, variant: str) -> Plan:
 
 
 def make_plan(config: StepConfig, variants: list[str]) -> Plan:
-    """Plan a run with the alignment methods of several variants.
+    """Plan a run with the alignment methods of a group of variants.
 
     Raises:
         UserError: If the settings contradict each other.
@@ -99,7 +136,9 @@ def make_plan(config: StepConfig, variants: list[str]) -> Plan:
     # Include every method once, in the order of the variants.
     methods = dict.fromkeys(name for variant in variants for name in split_variant(variant))
     flags = ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
-    flags += ["--align", *(methods or ["none"])]
+    flags += VARIANT_FLAGS.get(variants[0], ["--align", *(methods or ["none"])])
+    if "selftrans" in methods:  # the benchmarks use random weights in place of a checkpoint
+        flags += ["--selftrans-checkpoint", "random"]
     if config.repa_encoder:
         flags += ["--repa-encoder", config.repa_encoder]
     loop = LoopConfig(

@@ -12,7 +12,10 @@ from models.targets import TARGETS
 
 MAX_LISTED_CLASSES = 20
 # Keys of an alignment entry in config.json that only some methods have.
-METHOD_KEYS = ("target", "normalize", "encoder", "teacher_block", "t_max")
+METHOD_KEYS = (
+    *("target", "normalize", "encoder", "teacher_block", "t_max", "target_block", "guidance"),
+    *("target_norm", "zscore_alpha"),
+)
 # Keys of a sampling record that describe the network. The table of the card contains their values.
 NETWORK_KEYS = {
     "checkpoint",
@@ -144,22 +147,34 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     return rows
 
 
+def _describe_head(spec: dict | None) -> str:
+    """Describe the head of an entry in config.json."""
+    if spec is None:
+        return "no head"
+    if spec.get("kind") == "conv":
+        return f"a convolution of kernel size {spec['kernel_size']} as the head"
+    return f"{spec['layers']} layers in the head"
+
+
 def _describe_method(entry: dict) -> str:
     """Describe the alignment method of an entry in config.json."""
     target = TARGETS[entry["method"]]
     low, high = entry["t_range"]
     heads = list(entry["heads"].values()) if "heads" in entry else [entry["head"]]
-    head = f"{heads[0]['layers']} layers in the head" if heads[0] else "no head"
     parts = [
         f"{target.title} ({target.paper}) on block {entry['block']}",
-        head,
+        _describe_head(heads[0]),
         f"loss {entry['loss']}",
         f"weight {entry['weight']:g}",
         f"{low:g} <= t <= {high:g}",
     ]
     if entry["stop_step"] > 0:
         parts.append(f"in the first {entry['stop_step']:,} steps")
-    parts += [f"{key.replace('_', ' ')} {entry[key]}" for key in METHOD_KEYS if key in entry]
+    parts += [
+        f"{key.replace('_', ' ')} {format_value(entry[key])}"
+        for key in METHOD_KEYS
+        if key in entry
+    ]
     return ", ".join(parts)
 
 

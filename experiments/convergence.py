@@ -63,7 +63,7 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
     """
     cells = plan.make_tuning_cells()
     check_cells(cells, output_dir)
-    run_first_stage(plan, {}, output_dir)
+    run_first_stage(plan, {}, output_dir, jobs)
     check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
     runs = collect_runs(cells, output_dir)
     metric = frechet_name(cells[0].parse_settings().evaluation.features)
@@ -100,7 +100,7 @@ def run_study(
     """
     cells = plan.make_study_cells(blocks)
     check_cells(cells, output_dir)
-    run_first_stage(plan, blocks, output_dir)
+    run_first_stage(plan, blocks, output_dir, jobs)
     failed = run_cells(cells, output_dir, jobs)
     cache = open_cache(plan.train_cache)
     time_methods(plan, cells, output_dir)
@@ -111,7 +111,7 @@ def run_study(
     check_no_failures(failed, len(cells))
 
 
-def run_first_stage(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) -> None:
+def run_first_stage(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, jobs: int) -> None:
     """Train the frozen network of Self-Transcendence, if this method is compared.
 
     Raises:
@@ -119,7 +119,7 @@ def run_first_stage(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) -
     """
     cells = plan.make_first_stage_cells(blocks)
     check_cells(cells, output_dir)
-    check_no_failures(run_cells(cells, output_dir, jobs=1), len(cells))
+    check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
 
 
 def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: Path) -> None:
@@ -313,7 +313,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is invalid or incompatible with another flag.
     """
-    prefixes = ("--align", "--projector", "--repa", "--sra", "--eval-latents")
+    prefixes = (
+        *("--align", "--projector", "--target-norm", "--spnorm", "--zscore"),
+        *("--repa", "--sra", "--layersync", "--selftrans", "--eval-latents"),
+    )
     args, train_flags = parse_study_flags(make_parser(), argv, *prefixes)
     if not args.scale and not args.plot:
         raise UserError(f"--scale is missing; pass one of {', '.join(SCALES)}, or --plot FILE.json")

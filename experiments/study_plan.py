@@ -10,7 +10,7 @@ from statistics import fmean
 from string import Formatter
 from typing import NamedTuple
 
-from common.cli import UserError
+from common.cli import UserError, print_warning
 from experiments.cells import Cell
 from experiments.results import collect_final_values, load_result
 from experiments.study_data import BUNDLED_IMAGES, REPA_ENCODER
@@ -267,16 +267,15 @@ class StudyPlan:
 def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
     """Return the aligned block of each method from a result of --tune.
 
-    For ImageNet, the file is not read, because the blocks are the defaults of train.py, as in the
-    papers.
+    Methods that were not tuned align the default block of train.py, and a message names them. For
+    ImageNet, the file is not read, because all blocks are the defaults, as in the papers.
 
     Args:
         plan: The study that uses the blocks.
         path: The file that --knobs names.
 
     Raises:
-        UserError: If the file belongs to another study, lacks a method, or was tuned with a seed of
-            the study.
+        UserError: If the file belongs to another study, or was tuned with a seed of the study.
     """
     if plan.scale == "imagenet":
         return {}
@@ -290,8 +289,9 @@ def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
     needed = set().union(*(METHODS[name].tuned_methods for name in plan.methods))
     missing = sorted(needed - {*blocks})
     if missing:
-        raise UserError(
-            f"--knobs {path} has no block for {' '.join(missing)}; run --tune with these methods"
+        print_warning(
+            f"--knobs {path} has no block for {' '.join(missing)}: they align the default block of "
+            f"train.py; run --tune --methods {' '.join(missing)} to choose one"
         )
     reused = sorted({*plan.seeds} & {run["seed"] for run in result["runs"]})
     if reused:

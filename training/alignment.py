@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from common.cli import UserError
+from common.cli import UserError, format_value
 from common.config import to_plain
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
@@ -311,7 +311,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
     flops = sum(head_flops(config, spec) for spec in specs.values())
     method_settings = "".join(
-        f"{key.replace('_', ' ')} {value}, "
+        f"{key.replace('_', ' ')} {format_value(value)}, "
         for key, value in entry.items()
         if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint", "ema_sha256")
     )

@@ -15,7 +15,13 @@ import models.encoder_target
 from benchmarks import cost, train_step, variant_steps
 from benchmarks.measure import Timings
 from benchmarks.table import TABLES
-from benchmarks.variants import StepConfig, make_plan, select_variant, split_variant
+from benchmarks.variants import (
+    StepConfig,
+    make_plan,
+    make_plans,
+    select_variant,
+    split_variant,
+)
 from models.encoder import EncoderShape
 from tests.helpers import ROOT
 
@@ -153,7 +159,7 @@ def test_costs_of_sit_xl_agree_with_manual_counts(call, tmp_path):
 
 def test_costs_of_sit_b_agree_with_manual_counts():
     plan = make_plan(make_config(model="SiT-B/2", latent_size=32), ["sra2+sra"])
-    costs = cost.count_costs(plan, "sra2+sra")
+    costs = cost.count_costs(plan)
     d, n = 768, 256
     sra2 = d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16
     sra = d * 1536 + 1536 + 1536 * d + d
@@ -168,7 +174,7 @@ def test_costs_of_sit_b_agree_with_manual_counts():
 def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
     variant = "sra2+repa+sra"
     plan = make_plan(make_config(), [variant])
-    costs = cost.count_costs(plan, variant)
+    costs = cost.count_costs(plan)
 
     def count_flops(backward) -> int:
         steps = variant_steps.build_steps(plan, make_stub_accelerator(backward), [variant])
@@ -245,7 +251,8 @@ def test_peak_memory_excludes_earlier_allocations(monkeypatch):
     [
         (
             ["--align", "none+sra2"],
-            "none+sra2 must be none, or distinct methods out of sra2, repa, sra, layersync, selftrans joined by +",
+            "none+sra2 must be none, irepa, or distinct methods out of sra2, repa, sra, "
+            "layersync, selftrans joined by +",
         ),
         (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
         (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),
@@ -263,8 +270,8 @@ def test_stored_results_agree_with_current_counts(path, monkeypatch):
     monkeypatch.undo()  # use the real encoder
     result = json.loads(path.read_text())
     config = make_config(model=result["model"], latent_size=result["latent_size"])
-    plan = make_plan(config, list(result["results"]))
-    assert plan.align == result["align"]
+    plans = make_plans(config, list(result["results"]))
+    assert {variant: plan.align for variant, plan in plans.items()} == result["align"]
     for variant, costs in result["results"].items():
-        counts = cost.count_costs(plan, variant)
+        counts = cost.count_costs(plans[variant])
         assert {key: costs[key] for key in counts} == counts

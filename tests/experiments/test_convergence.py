@@ -29,7 +29,10 @@ from training.config import (
 from training.resume import build_args_json
 
 RESULTS = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
-METHOD_ARGS = ("align", "projector", "repa", "sra", "encoder_weights")
+METHOD_ARGS = (
+    *("align", "projector", "target_norm", "zscore"),
+    *("repa", "sra", "encoder_weights", "layersync", "selftrans"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,8 @@ def read_default_blocks(scale: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
-    study_cells = make_plan(scale).make_study_cells(read_default_blocks(scale))
+    plan = make_plan(scale)
+    study_cells = plan.make_study_cells(read_default_blocks(scale))
     expected = [(seed, name) for seed in SCALES[scale].seeds for name in METHODS]
     assert [(cell.seed, cell.name) for cell in study_cells] == expected
     shared_settings, method_settings = set(), set()
@@ -82,7 +86,7 @@ def test_blocks_are_tuned_with_other_seeds_than_the_study(scale):
     assert not {*SCALES[scale].seeds} & tune_seeds
     result = results.load_result(ROOT / f"docs/study-{scale}-knobs.json", "convergence-knobs")
     assert {run["seed"] for run in result["runs"]} == tune_seeds
-    tuning_cells = make_plan(scale, "--tune").make_tuning_cells()
+    tuning_cells = make_plan(scale, "--tune", "--methods", *result["knobs"]).make_tuning_cells()
     assert {run["name"] for run in result["runs"]} == {cell.name for cell in tuning_cells}
     chosen = choose_blocks(result["runs"], result["metric"])
     assert result["knobs"] == chosen == read_default_blocks(scale)
@@ -106,14 +110,17 @@ def test_block_with_the_lowest_mean_is_chosen():
 
 def test_methods_align_their_tuned_blocks():
     blocks = {"sra2-cosine": 3, "sra2-smooth_l1": 4, "sra": 5, "repa": 6}
+    blocks |= {"layersync": 2, "irepa": 1, "selftrans": 4}
     plan = make_plan("laptop")
     common = ["--exp-name", "x", "--data-dir", "x", "--model", "SiT-Ti/2"]
     aligned = {}
     for name in METHODS:
         alignments = parse_settings([*common, *plan.make_method_flags(name, blocks)]).alignments
         aligned[name] = [alignment.block for alignment in alignments]
-        widths = {alignment.projector_width for alignment in alignments}
+        widths = {a.projector_width for a in alignments if a.projector_type == "mlp"}
         assert widths <= {2 * PRESETS["SiT-Ti/2"]["width"]}
+        if name == "layersync":  # two sevenths of the depth separate the blocks
+            assert alignments[0].settings.target_block == 4
     assert aligned.pop("vanilla") == [] and aligned.pop("sra2+repa") == [3, 6]
     assert aligned == {name: [block] for name, block in blocks.items()}
 
@@ -121,8 +128,12 @@ def test_methods_align_their_tuned_blocks():
 def test_imagenet_prints_valid_commands_for_a_cluster(call):
     code, out = call(convergence, "--scale", "imagenet", "--gpus", 4, "--seeds", 3, 4)
     lines = [shlex.split(line) for line in out.splitlines()]
-    assert code == 0 and len(lines) == 2 * len(METHODS)
+    assert code == 0 and len(lines) == 2 * len(METHODS) + 1
+    stage1 = lines[0][lines[0].index("--exp-name") + 1]
     for words in lines:
+        if "selftrans" in words:
+            checkpoint = words[words.index("--selftrans-checkpoint") + 1]
+            assert checkpoint == f"exps/study-imagenet/{stage1}"
         start = words.index("train.py")
         assert words[:start] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
         settings = parse_settings(words[start + 1 :])
@@ -137,7 +148,11 @@ def test_imagenet_prints_valid_commands_for_a_cluster(call):
         for alignment in settings.alignments:
             if alignment.method == "repa":
                 assert alignment.settings.encoder == "dinov2-b"
-                assert (alignment.block, alignment.projector_width) == (8, 2048)
+                assert alignment.block == 4
+                is_irepa = alignment.projector_type == "conv"
+                assert alignment.weight == (1.0 if is_irepa else 0.5)
+                assert alignment.target_norm == ("zscore" if is_irepa else "none")
+                assert is_irepa or alignment.projector_width == 2048
 
 
 @pytest.mark.parametrize(
@@ -183,14 +198,17 @@ def test_blocks_of_another_study_are_rejected(knobs, flags, message, monkeypatch
         read_blocks(make_plan("laptop", *flags), Path(f"docs/study-{knobs}-knobs.json"))
 
 
-def test_blocks_without_a_needed_method_are_rejected(tmp_path):
+def test_methods_that_were_not_tuned_align_the_default_block(tmp_path, caplog):
     path = tmp_path / "knobs.json"
     settings = {"scale": "laptop", "model": "SiT-Ti/2", "knobs": {"sra": 2}}
     results.save_result(path, "convergence-knobs", settings, [])
     assert read_blocks(make_plan("laptop", "--methods", "sra"), path) == {"sra": 2}
     plan = make_plan("laptop", "--methods", "sra", "sra2-cosine", "repa")
-    with pytest.raises(UserError, match=r"has no block for repa sra2-cosine; run --tune with"):
-        read_blocks(plan, path)
+    assert not caplog.messages
+    assert read_blocks(plan, path) == {"sra": 2}
+    assert "has no block for repa sra2-cosine" in caplog.messages[0]
+    flags = plan.make_method_flags("repa", {"sra": 2})
+    assert flags[flags.index("--align-depth") + 1] == "auto"
 
 
 def test_gpu_scale_requires_a_gpu(monkeypatch):

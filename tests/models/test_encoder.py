@@ -1,5 +1,7 @@
 """Test the encoder of REPA: tokens, input size, token grid, errors, and the bundled weights."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -19,11 +21,10 @@ from models.encoder import (
 )
 from models.encoder_target import EncoderSettings, EncoderTokens
 from models.errors import FieldError
+from models.repa_encoders import ENCODER_ALIASES, REPA_ENCODERS
 from models.sit import SiTConfig
 from models.target import CacheInfo
 from models.weights import (
-    ENCODER_ALIASES,
-    REPA_ENCODERS,
     load_network,
     timm_name,
     weights_fingerprint,
@@ -102,7 +103,8 @@ def test_default_input_side_follows_repa_with_a_minimum_of_224(name, resolution,
 
 
 def test_final_norm_is_omitted_where_repa_omits_it(monkeypatch, vit_weights):
-    monkeypatch.setitem(REPA_ENCODERS, "mae-vit-l", "test_vit")
+    small = replace(REPA_ENCODERS["mae-vit-l"], timm_name="test_vit")
+    monkeypatch.setitem(REPA_ENCODERS, "mae-vit-l", small)
     without_norm = Encoder("mae-vit-l", 224, 14, vit_weights)
     with_norm = Encoder("test_vit", 224, 14, vit_weights)
     images = make_images(1, 224)
@@ -196,7 +198,8 @@ def test_fingerprint_depends_on_weights_and_settings(vit_weights):
 
 
 def test_every_alias_names_a_network_with_weights():
-    for name in (*ENCODER_ALIASES, *REPA_ENCODERS):
+    in_timm = [name for name, encoder in REPA_ENCODERS.items() if encoder.in_timm]
+    for name in (*ENCODER_ALIASES, *in_timm):
         assert timm.is_model_pretrained(timm_name(name)), name
 
 
@@ -205,7 +208,7 @@ def test_every_alias_names_a_network_with_weights():
     [
         ("dinov2-vit-x", {}, "dinov2-vit-x is not a timm model; similar names: dinov2-vit-"),
         ("vit_base_patch14_dinov2.lvd", {}, "similar names: vit_base_patch14_dinov2.lvd142m"),
-        ("mocov3-vit-b", {}, "timm has no MoCo v3 weights; choose one of .*dinov2-vit-b"),
+        ("mocov3-resnet-50", {}, "mocov3-resnet-50 is not a timm model; similar names: .*resnet"),
         ("volo_d1_224", {}, "square grid of patch tokens: an image yields an array of 197 x 384"),
         ("pit_ti_224", {}, "square grid of patch tokens: an image yields a single token"),
         ("test_vit", {"side": 0}, "test_vit requires inputs of at least 16 pixels, not 0"),
