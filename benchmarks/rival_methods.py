@@ -16,9 +16,10 @@ from benchmarks.rival_reference import AuthorsMethod, Case, Losses, get_alignmen
 from models.sit import SiT, SiTConfig
 from models.target import TrainingInputs
 from train import Step
-from training.alignment import Alignment
+from training.alignment import Alignment, head_specs
 
-ENCODER = "dinov2_b"  # folder of the stored encoder features
+# Folder of stored encoder features -> the encoder.
+STORED_ENCODERS = {"features/dinov2_b": "dinov2-b", "features/dinov2_s": "dinov2-s"}
 
 
 def architecture(config: SiTConfig) -> dict[str, int]:
@@ -55,6 +56,16 @@ def time_draws(inputs: TrainingInputs) -> Tensor:
     return inputs.t[:, None, None, None]
 
 
+def token_widths(alignment: Alignment) -> list[int]:
+    """Return the widths of the tokens of REPA's encoders."""
+    return [spec["out"] for spec in head_specs(alignment.target.record).values() if spec]
+
+
+def encoder_tokens(case: Case) -> list[Tensor]:
+    """Return the stored tokens of REPA's encoders."""
+    return [case.inputs.cache_inputs[name].float() for name in case.alignment.target.cache_inputs]
+
+
 class REPA(AuthorsMethod):
     """REPA (arXiv:2410.06940), with random tensors in place of the encoder's tokens."""
 
@@ -76,19 +87,30 @@ class REPA(AuthorsMethod):
         return self.networks.SiT(
             **repa_architecture(network),
             encoder_depth=alignment.config.block,
-            z_dims=[alignment.target.record["head"]["out"]],
+            z_dims=token_widths(alignment),
         )
 
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
         draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
-        tokens = inputs.cache_inputs[f"features/{ENCODER}"].float()
+        tokens = encoder_tokens(case)
         with replay_random_numbers(**draws):
             denoising, projection = self.loss(
-                case.network, inputs.latents, {"y": inputs.classes}, zs=[tokens]
+                case.network, inputs.latents, {"y": inputs.classes}, zs=tokens
             )
         denoising, projection = denoising.mean(), projection.mean()
         return Losses(denoising, projection, denoising + projection * self.weight)
+
+
+class REPATwoEncoders(REPA):
+    """REPA with two encoders, whose losses are averaged."""
+
+    title = "REPA, two encoders"
+    flags: ClassVar[tuple[str, ...]] = ("--align", "repa", "--repa-encoder", "dinov2-b,dinov2-s")
+    head_prefixes: ClassVar[dict[str, str]] = {
+        "projectors.0.": "heads.repa-0.",
+        "projectors.1.": "heads.repa-1.",
+    }
 
 
 class IREPA(REPA):
@@ -129,7 +151,7 @@ class IREPA(REPA):
         return self.networks.SiT(
             **repa_architecture(network),
             encoder_depth=alignment.config.block,
-            z_dims=[alignment.target.record["head"]["out"]],
+            z_dims=token_widths(alignment),
             projection_layer_type="conv",
             proj_kwargs_kernel_size=self.kernel,
         )
@@ -137,11 +159,13 @@ class IREPA(REPA):
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
         draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
-        tokens = inputs.cache_inputs[f"features/{ENCODER}"].float()
-        tokens = self.normalization(tokens, zscore_alpha=self.zscore_alpha)
+        tokens = [
+            self.normalization(tokens, zscore_alpha=self.zscore_alpha)
+            for tokens in encoder_tokens(case)
+        ]
         with replay_random_numbers(**draws):
             denoising, projection, _ = self.loss(
-                case.network, inputs.latents, {"y": inputs.classes}, zs=[tokens]
+                case.network, inputs.latents, {"y": inputs.classes}, zs=tokens
             )
         denoising = denoising.mean()
         return Losses(denoising, projection / self.weight, denoising + projection)
@@ -173,9 +197,9 @@ class HASTE(REPA):
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
         draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
-        tokens = inputs.cache_inputs[f"features/{ENCODER}"].float()
-        num_tokens = tokens.shape[1]
-        attention = torch.zeros(1).expand(len(tokens), 12, num_tokens, num_tokens)
+        tokens = encoder_tokens(case)
+        batch_size, num_tokens, _ = tokens[0].shape
+        attention = torch.zeros(1).expand(batch_size, 12, num_tokens, num_tokens)
         # The loss prints an empty line.
         with replay_random_numbers(**draws), contextlib.redirect_stdout(io.StringIO()):
             denoising, _, projection = self.loss(
@@ -183,7 +207,7 @@ class HASTE(REPA):
                 inputs.latents,
                 {"y": inputs.classes},
                 zs=[[attention] * 12],
-                proj_s=[tokens],
+                proj_s=tokens,
             )
         denoising, projection = denoising.mean(), projection.mean()
         return Losses(denoising, projection, denoising + projection * self.weight)
@@ -404,6 +428,7 @@ class SelfTranscendence(AuthorsMethod):
 
 AUTHORS_METHODS: tuple[type[AuthorsMethod], ...] = (
     REPA,
+    REPATwoEncoders,
     HASTE,
     IREPA,
     IREPAKernel1,

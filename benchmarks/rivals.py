@@ -17,6 +17,7 @@ depth and the blocks of SiT-B/2, but a smaller width, and run on the CPU in floa
 
 import argparse
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -27,13 +28,13 @@ from torch import Tensor
 from benchmarks.authors_code import describe_files
 from benchmarks.measure import describe_machine, make_parser, write_result
 from benchmarks.rival_formula import FORMULAS, SRA2
-from benchmarks.rival_methods import AUTHORS_METHODS, ENCODER
+from benchmarks.rival_methods import AUTHORS_METHODS, STORED_ENCODERS
 from benchmarks.rival_reference import URLS, AuthorsMethod, Losses, get_alignment
 from benchmarks.run_steps import Plan, build_step
 from benchmarks.variants import make_synthetic_manifest
 from common import cli
 from common.cli import UserError
-from models.encoder import canonical_name, describe_encoder
+from models.encoder import EncoderShape, canonical_name, describe_encoder
 from models.sit import SiTConfig
 from models.target import TrainingInputs
 from train import Step
@@ -42,7 +43,7 @@ from training.config import build_network_config, parse_settings
 
 MODEL = "SiT-B/2"
 TOLERANCE = 1e-5
-REPA_ENCODER = "dinov2-b"
+PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,27 @@ def build_our_step(flags: tuple[str, ...], size: Size) -> Step:
     settings = parse_settings([*common_flags, "--batch-size", str(size.batch_size), *flags])
     manifest = make_synthetic_manifest(size.latent_size)
     network = replace(build_network_config(settings.model, manifest), width=size.width)
-    cache = make_cache_info(manifest, {ENCODER: describe_features(network, manifest.resolution)})
-    align = plan_alignments(settings.alignments, network, cache)
-    plan = Plan(settings, manifest, cache, network, align)
+    features = {
+        folder.removeprefix("features/"): describe_features(encoder, network, manifest.resolution)
+        for folder, encoder in STORED_ENCODERS.items()
+    }
+    cache_info = make_cache_info(manifest, features)
+    align = plan_alignments(settings.alignments, network, cache_info)
+    plan = Plan(settings, manifest, cache_info, network, align)
     return build_step(plan, Accelerator(cpu=True, mixed_precision="no"))
 
 
-def describe_features(network: SiTConfig, resolution: int) -> dict:
-    """Return the contents of features.json for the stored encoder tokens."""
+@cache
+def describe_stored_encoder(encoder: str, resolution: int) -> EncoderShape:
+    """Return the sizes of an encoder, which take a fraction of a second to determine."""
+    return describe_encoder(encoder, resolution)
+
+
+def describe_features(encoder: str, network: SiTConfig, resolution: int) -> dict:
+    """Return the contents of features.json for the stored tokens of an encoder."""
     return {
-        "encoder": canonical_name(REPA_ENCODER),
-        "side": describe_encoder(REPA_ENCODER, resolution).side,
+        "encoder": canonical_name(encoder),
+        "side": describe_stored_encoder(encoder, resolution).side,
         "tokens_side": network.grid_size,
         "fingerprint": "random",
     }
@@ -87,8 +98,11 @@ def make_inputs(network: SiTConfig, size: Size) -> TrainingInputs:
     classes = torch.randint(network.num_classes, (size.batch_size,))
     labels = classes.clone()
     labels[::3] = network.num_classes  # dropped labels
-    encoder_width = describe_encoder(REPA_ENCODER, resolution=256).width
-    tokens = torch.randn(size.batch_size, network.grid_size**2, encoder_width) + 0.5
+    encoder_tokens = {}
+    for folder, encoder in STORED_ENCODERS.items():
+        width = describe_stored_encoder(encoder, PIXELS_PER_LATENT * size.latent_size).width
+        tokens = torch.randn(size.batch_size, network.grid_size**2, width) + 0.5
+        encoder_tokens[folder] = tokens.half()
     return TrainingInputs(
         latents=latents,
         labels=labels,
@@ -97,7 +111,7 @@ def make_inputs(network: SiTConfig, size: Size) -> TrainingInputs:
         t=(torch.arange(size.batch_size) + 0.5) / size.batch_size,
         posterior_mean=latents + 0.1 * torch.randn(shape),
         target_uniform=torch.rand(size.batch_size),
-        cache_inputs={f"features/{ENCODER}": tokens.half()},
+        cache_inputs=encoder_tokens,
     )
 
 
