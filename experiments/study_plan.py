@@ -45,6 +45,10 @@ METHODS = {
     ),
     "sra": Method("SRA", "--align sra --align-depth {sra}"),
     "repa": Method("REPA", "--align repa --align-depth {repa} {encoder} {head_width}"),
+    "repa-stop": Method(
+        "REPA, first half",
+        "--align repa --align-depth {repa} {encoder} {head_width} {stop_at_half}",
+    ),
     "sra2+repa": Method(
         "SRA 2 and REPA",
         "--align sra2 repa --align-depth {sra2-cosine} {repa} {encoder} {head_width}",
@@ -177,10 +181,9 @@ class StudyPlan:
         """
         if "selftrans" not in self.methods:
             return []
-        stop = f"--align-stop-step {self.steps // 2}"
-        flags = (*self.make_shared_flags(), *self.make_method_flags("sra2-cosine", blocks))
-        name = f"{FIRST_STAGE}-{self.steps}"
-        return [Cell(name, FIRST_STAGE_SEED, (*flags, *stop.split()))]
+        flags = [*self.make_shared_flags(), *self.make_method_flags("sra2-cosine", blocks)]
+        flags += ["--align-stop-step", str(self.steps // 2)]
+        return [Cell(f"{FIRST_STAGE}-{self.steps}", FIRST_STAGE_SEED, tuple(flags))]
 
     @property
     def train_cache(self) -> Path:
@@ -225,6 +228,7 @@ class StudyPlan:
             "encoder": "",
             "head_width": "",
             "layersync_target": "",
+            "stop_at_half": f"--align-stop-step {self.steps // 2}",  # HASTE's stop
             "frozen_network": f"--selftrans-checkpoint {self.first_stage}",
         }
         if self.scale != "imagenet":
