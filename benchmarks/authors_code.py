@@ -92,7 +92,7 @@ def replay_random_numbers(**draws: Sequence[Tensor]) -> Iterator[None]:
 
 
 def describe_files(root: Path, paths: Sequence[str]) -> dict:
-    """Return the commit of a clone, and the git object names of files in it.
+    """Return the commit that is checked out in a clone, and the git object names of files in it.
 
     The commit is None if the folder is not a clone, or if one of the files is not part of the
     commit.
@@ -101,7 +101,7 @@ def describe_files(root: Path, paths: Sequence[str]) -> dict:
     commit = _run_git(root, "rev-parse", "HEAD")
     if any(_run_git(root, "rev-parse", f"HEAD:./{path}") != objects[path] for path in paths):
         commit = None
-    return {"commit": commit, "files": objects}
+    return {"checked_out": commit, "files": objects}
 
 
 def _run_git(root: Path, *arguments: str) -> str | None:

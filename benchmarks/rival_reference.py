@@ -19,14 +19,34 @@ from models.target import TrainingInputs
 from train import Step
 from training.alignment import Alignment
 
-# Name of a repository in the flags -> its address.
-URLS = {
-    "repa": "https://github.com/sihyun-yu/REPA",
-    "irepa": "https://github.com/End2End-Diffusion/iREPA",
-    "haste": "https://github.com/NUS-HPC-AI-Lab/HASTE",
-    "layersync": "https://github.com/vita-epfl/LayerSync",
-    "sra": "https://github.com/vvvvvjdy/SRA",
-    "selftrans": "https://github.com/csslc/Self-Transcendence",
+
+class Repository(NamedTuple):
+    """A repository of authors."""
+
+    url: str
+    commit: str  # commit whose interfaces the comparison uses
+
+
+# Name in the flags -> repository.
+REPOSITORIES = {
+    "repa": Repository(
+        "https://github.com/sihyun-yu/REPA", "67f714503e3892f993844aab088ffc5791c92613"
+    ),
+    "irepa": Repository(
+        "https://github.com/End2End-Diffusion/iREPA", "99ad4ac234efe8de52ce157120f72856e836d09f"
+    ),
+    "haste": Repository(
+        "https://github.com/NUS-HPC-AI-Lab/HASTE", "eb7b1f1f0210abc5e533685ce1b386588be503bd"
+    ),
+    "layersync": Repository(
+        "https://github.com/vita-epfl/LayerSync", "4001d6df0b1fd1e642e6a0849a71270f8ad8b0d3"
+    ),
+    "sra": Repository(
+        "https://github.com/vvvvvjdy/SRA", "1723f85069408f6df7d11db35549575c97bfa5b2"
+    ),
+    "selftrans": Repository(
+        "https://github.com/csslc/Self-Transcendence", "42fde5d80a8bd1cca2020818b6e6176c5369fdb1"
+    ),
 }
 
 
@@ -79,7 +99,7 @@ class AuthorsMethod(ABC):
     """
 
     title: ClassVar[str]
-    repository: ClassVar[str]  # a key of URLS
+    repository: ClassVar[str]  # a key of REPOSITORIES
     files: ClassVar[tuple[str, ...]]  # files of the repository that are executed
     flags: ClassVar[tuple[str, ...]]  # flags of train.py here
     weight: ClassVar[float]  # default of the authors' flag

@@ -29,7 +29,7 @@ from benchmarks.authors_code import describe_files
 from benchmarks.measure import describe_machine, make_parser, write_result
 from benchmarks.rival_formula import FORMULAS, SRA2
 from benchmarks.rival_methods import AUTHORS_METHODS, STORED_ENCODERS
-from benchmarks.rival_reference import URLS, AuthorsMethod, Losses, get_alignment
+from benchmarks.rival_reference import REPOSITORIES, AuthorsMethod, Losses, get_alignment
 from benchmarks.run_steps import Plan, build_step
 from benchmarks.variants import make_synthetic_manifest
 from common import cli
@@ -220,7 +220,7 @@ def compare_all(repositories: dict[str, Path], size: Size) -> dict[str, dict]:
             root = repositories[method_class.repository]
             method = method_class(root)
             results[method.title] = {
-                "repository": URLS[method.repository],
+                **REPOSITORIES[method.repository]._asdict(),
                 **describe_files(root, method.files),
                 **compare(method, size),
             }
@@ -238,16 +238,19 @@ def print_table(results: dict[str, dict]) -> None:
 
 def read_repositories(args: argparse.Namespace) -> dict[str, Path]:
     """Return the clones that the flags name, by the name of the repository."""
-    paths = {name: getattr(args, f"{name}_repository") for name in URLS}
+    paths = {name: getattr(args, f"{name}_repository") for name in REPOSITORIES}
     return {name: path for name, path in paths.items() if path}
 
 
 def main() -> None:
     """Run the comparison."""
     parser = make_parser(__doc__, "rivals")
-    for name, url in URLS.items():
+    for name, repository in REPOSITORIES.items():
         parser.add_argument(
-            f"--{name}-repository", type=Path, metavar="DIR", help=f"clone of {url}"
+            f"--{name}-repository",
+            type=Path,
+            metavar="DIR",
+            help=f"clone of {repository.url} (commit {repository.commit[:7]})",
         )
     args = parser.parse_args()
     size = Size()

@@ -134,6 +134,6 @@ def test_commit_is_recorded_if_it_contains_the_files(repository):
     git("add", ".")
     git("commit", "-qm", "message")
     clone = describe_files(repository, ["loss.py"])
-    assert len(clone["commit"]) == len(clone["files"]["loss.py"]) == 40
+    assert len(clone["checked_out"]) == len(clone["files"]["loss.py"]) == 40
     (repository / "loss.py").write_text("changed")
-    assert describe_files(repository, ["loss.py"])["commit"] is None
+    assert describe_files(repository, ["loss.py"])["checked_out"] is None
