@@ -103,8 +103,9 @@ class EncoderTokens(Target):
     @staticmethod
     def restore(settings: EncoderSettings, record: dict) -> EncoderSettings:
         records = split_record(record)
-        if len(records) != len(settings.encoder.split(",")):
-            return settings  # the run cannot be resumed with these settings
+        names = [canonical_name(name) for name in settings.encoder.split(",")]
+        if names != [encoder["encoder"] for encoder in records]:
+            return settings  # these settings cannot resume the run
         if settings.source == "auto":
             sources = [
                 "images" if encoder["from"] == "images" else "features" for encoder in records

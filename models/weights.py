@@ -95,12 +95,12 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
             "as the weights file",
         )
     try:
+        overlay: dict[str, Any] = {}
+        if weights and encoder and encoder.read:
+            overlay["state_dict"] = encoder.read(weights)
+        elif weights:
+            overlay["file"] = str(weights)
         with _require_all_weights(), _silence_hub_retries():
-            overlay: dict[str, Any] = {}
-            if weights and encoder and encoder.read:
-                overlay["state_dict"] = encoder.read(weights)
-            elif weights:
-                overlay["file"] = str(weights)
             network = create_network(name, pretrained, overlay)
     except Exception as error:  # raised by the hub client, safetensors, torch or timm
         if weights:

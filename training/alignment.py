@@ -205,17 +205,20 @@ def restore_settings(
     Args:
         alignments: Settings from the current flags.
         stored: The "align" list in the checkpoint's config.json.
+
+    Raises:
+        UserError: A setting is invalid.
     """
     entries = {entry["method"]: entry for entry in stored}
-    return tuple(
-        replace(
-            config,
-            settings=TARGETS[config.method].restore(config.settings, entries[config.method]),
-        )
-        if config.method in entries
-        else config
-        for config in alignments
-    )
+    restored = []
+    for config in alignments:
+        if config.method in entries:
+            target = TARGETS[config.method]
+            with _convert_field_errors(config.method):
+                values = target.restore(config.settings, entries[config.method])
+            config = replace(config, settings=values)
+        restored.append(config)
+    return tuple(restored)
 
 
 def make_run_context(
