@@ -126,8 +126,8 @@ class IREPA(REPA):
     )
     kernel = 3
     flags: ClassVar[tuple[str, ...]] = (
-        *("--align", "repa", "--align-weight", "1", "--projector-type", "conv"),
-        *("--projector-kernel", "3", "--target-norm", "zscore", "--zscore-alpha", "0.6"),
+        *"--align repa --align-weight 1 --projector-type conv --projector-kernel 3".split(),
+        *"--target-norm zscore --zscore-alpha 0.6".split(),
     )
     weight = 1.0  # proj_coeff in ldm/configs/irepa.yaml
     zscore_alpha = 0.6  # default of --zscore-alpha in ldm/train.py
@@ -360,16 +360,14 @@ class SelfTranscendence(AuthorsMethod):
     title = "Self-Transcendence, stage 2"
     repository = "selftrans"
     files = ("loss.py", "models/sit_selftrans_model.py")
-    flags = ("--align", "selftrans", "--selftrans-checkpoint", ".", "--align-t-range", "0", "1")
+    flags: ClassVar[tuple[str, ...]] = (
+        *"--align selftrans --selftrans-checkpoint . --align-t-range 0 1".split(),
+    )
     weight = 0.5
     offset = 0.0
     guidance = 30.0  # --cfg_guide in train_selftrans.sh
-    t_range = (0.4, 0.7)  # --t-range in train_selftrans.sh
     head_prefixes: ClassVar[dict[str, str]] = {"projectors.": "heads.selftrans."}
-    differences = (
-        "With --t-range, the authors multiply losses of shape (B,) by a mask of shape (B, 1, 1, "
-        "1), so their loss is the mean of the mask times the mean of the loss of all samples; ours "
-        "is the mean over the samples of the product.",
+    differences: ClassVar[tuple[str, ...]] = (
         "train_selftrans.py creates selftrans_t2i_Loss, which it does not import; the comparison "
         "uses selftrans_Loss, which it imports.",
         "The authors' teacher has the raw weights of a checkpoint; ours has the EMA.",
@@ -413,16 +411,41 @@ class SelfTranscendence(AuthorsMethod):
                 {"y": inputs.classes},
             )
 
+
+class SelfTranscendenceInRange(SelfTranscendence):
+    """The second stage for the range of timesteps in the authors' script.
+
+    The mask of the range is applied to the authors' losses of the samples here.
+    """
+
+    title = "Self-Transcendence, t range"
+    flags: ClassVar[tuple[str, ...]] = ("--align", "selftrans", "--selftrans-checkpoint", ".")
+    t_range = (0.4, 0.7)  # --t-range in train_selftrans.sh
+    differences: ClassVar[tuple[str, ...]] = (
+        "With --t-range, the authors multiply losses of shape (B,) by a mask of shape (B, 1, 1, "
+        "1), so their loss is the mean of the mask times the mean of the loss of all samples; ours "
+        "is the mean over the samples of the product, as in this comparison.",
+        *SelfTranscendence.differences,
+    )
+
+    def compute_losses(self, case: Case) -> Losses:
+        denoising, guided = self.call_loss(case, None)
+        denoising, guided = denoising.mean(), (self.make_mask(case) * guided).mean()
+        return Losses(denoising, guided, denoising + self.weight * guided)
+
+    def make_mask(self, case: Case) -> Tensor:
+        """Return 1 for samples in the range and 0 for others, (B,)."""
+        low, high = self.t_range
+        return ((case.inputs.t >= low) & (case.inputs.t <= high)).float()
+
     def measure_differences(self, case: Case) -> dict[str, float]:
         _, masked = self.call_loss(case, self.t_range)
         _, guided = self.call_loss(case, None)
-        t = case.inputs.t
-        low, high = self.t_range
-        mask = ((t >= low) & (t <= high)).float()
         return {
-            "alignment loss of the authors for timesteps in 0.4 to 0.7": masked.mean().item(),
-            "mean of the mask times mean of the loss": (mask.mean() * guided.mean()).item(),
-            "mean of the mask times the loss, as here": (mask * guided).mean().item(),
+            "alignment loss of the authors with --t-range": masked.mean().item(),
+            "mean of the mask times mean of the loss": (
+                self.make_mask(case).mean() * guided.mean()
+            ).item(),
         }
 
 
@@ -436,4 +459,5 @@ AUTHORS_METHODS: tuple[type[AuthorsMethod], ...] = (
     SRA,
     SRACosine,
     SelfTranscendence,
+    SelfTranscendenceInRange,
 )
