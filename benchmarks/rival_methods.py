@@ -126,8 +126,18 @@ class IREPA(REPA):
     )
     kernel = 3
     flags: ClassVar[tuple[str, ...]] = (
-        *"--align repa --align-weight 1 --projector-type conv --projector-kernel 3".split(),
-        *"--target-norm zscore --zscore-alpha 0.6".split(),
+        "--align",
+        "repa",
+        "--align-weight",
+        "1",
+        "--projector-type",
+        "conv",
+        "--projector-kernel",
+        "3",
+        "--target-norm",
+        "zscore",
+        "--zscore-alpha",
+        "0.6",
     )
     weight = 1.0  # proj_coeff in ldm/configs/irepa.yaml
     zscore_alpha = 0.6  # default of --zscore-alpha in ldm/train.py
@@ -361,7 +371,13 @@ class SelfTranscendence(AuthorsMethod):
     repository = "selftrans"
     files = ("loss.py", "models/sit_selftrans_model.py")
     flags: ClassVar[tuple[str, ...]] = (
-        *"--align selftrans --selftrans-checkpoint . --align-t-range 0 1".split(),
+        "--align",
+        "selftrans",
+        "--selftrans-checkpoint",
+        ".",
+        "--align-t-range",
+        "0",
+        "1",
     )
     weight = 0.5
     offset = 0.0
