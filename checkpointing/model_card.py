@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.pretrained import PretrainedModel
+from common.cli import format_value
 from models.autoencoder import is_hub_id
 from models.targets import TARGETS
 
@@ -170,7 +171,9 @@ def _describe_method(entry: dict) -> str:
     ]
     if entry["stop_step"] > 0:
         parts.append(f"in the first {entry['stop_step']:,} steps")
-    parts += [f"{key.replace('_', ' ')} {entry[key]}" for key in METHOD_KEYS if key in entry]
+    parts += [
+        f"{key.replace('_', ' ')} {format_value(entry[key])}" for key in METHOD_KEYS if key in entry
+    ]
     return ", ".join(parts)
 
 

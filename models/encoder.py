@@ -23,15 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import FieldError
+from models.repa_encoders import REPA_ENCODERS
 from models.weights import (
     TimmNetwork,
+    create_network,
     format_exception,
     load_network,
     timm_name,
     weights_fingerprint,
 )
 
-ENCODERS_WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # as in REPA
 MIN_SIDE = 224
 # Activations of larger batches exceed the CPU caches, which doubles the time of a convolutional
 # network.
@@ -60,7 +61,8 @@ class Encoder(nn.Module):
         name: A key of ENCODER_ALIASES or REPA_ENCODERS, or a timm model name.
         resolution: Image side R.
         tokens_side: Side T of the token grid.
-        weights: File with weights in timm's format. By default, timm downloads the weights.
+        weights: File with weights in timm's format, or the published file of an encoder of REPA.
+            By default, timm downloads the weights.
         pretrained: Whether to load pretrained weights instead of random weights.
         device: Device of the network.
         dtype: Autocast dtype, regardless of any surrounding autocast. The default is bfloat16 on
@@ -96,7 +98,7 @@ class Encoder(nn.Module):
         is_on_cpu = torch.device(device).type == "cpu"
         self.dtype = dtype or (torch.float32 if is_on_cpu else torch.bfloat16)
         set_input_side(network, self.side)
-        omits_final_norm = name in ENCODERS_WITHOUT_FINAL_NORM
+        omits_final_norm = name in REPA_ENCODERS and not REPA_ENCODERS[name].has_final_norm
         if omits_final_norm:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
@@ -178,12 +180,10 @@ def _run_without_weights(
     Raises:
         FieldError: If the network is unknown or does not support these options.
     """
-    import timm
-
     architecture = timm_name(name)
     try:
         with torch.device("meta"), torch.no_grad():
-            network = timm.create_model(architecture, pretrained=False, num_classes=0)
+            network = create_network(name)
             network.eval().requires_grad_(False)
             side = choose_side(network, name, resolution, side)
             set_input_side(network, side)
@@ -201,10 +201,14 @@ def _run_without_weights(
 def canonical_name(name: str) -> str:
     """Return the name that all aliases of an encoder share.
 
+    This is timm's name, or REPA's name if REPA's tokens differ from those of the timm network.
+
     Raises:
         FieldError: If timm has no such model.
     """
-    return name if name in ENCODERS_WITHOUT_FINAL_NORM else timm_name(name)
+    if name in REPA_ENCODERS and REPA_ENCODERS[name].differs_from_timm:
+        return name
+    return timm_name(name)
 
 
 def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:

@@ -1,51 +1,45 @@
-"""The target of REPA: the patch tokens of a frozen image encoder."""
+"""The target of REPA: the patch tokens of one or several frozen image encoders."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from models.encoder import Encoder, canonical_name, describe_encoder, encoder_cost
+from models.encoder_settings import EncoderSettings, parse_sides, split_settings
 from models.errors import FieldError
 from models.sit import SiTConfig
 from models.target import CacheInfo, Cost, Defaults, Plan, Target, TrainingInputs
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
-    """Settings of REPA."""
+def split_record(record: dict) -> list[dict]:
+    """Return the recorded keys of each encoder.
 
-    encoder: str = field(
-        default="dinov2-b",
-        metadata={"help": "image encoder: a timm model name, or a name that REPA uses"},
-    )
-    weights: Path | None = field(
-        default=None,
-        metadata={
-            "help": "file with the encoder's weights in timm's format (default: download from the "
-            "hub)"
-        },
-    )
-    side: int | None = field(
-        default=None,
-        metadata={
-            "help": "encoder input size in pixels (default: that of the stored features, otherwise "
-            "as in REPA (224 for 256-pixel images), with a minimum of 224)"
-        },
-    )
-    source: str = field(
-        default="auto",
-        metadata={
-            "help": "source of the encoder tokens; images: encode the images of the cache in every "
-            "step; features: read features stored by preprocessing.encode_features; auto: "
-            "features if the cache contains them, otherwise images",
-            "choices": ("auto", "images", "features"),
-        },
-    )
+    An entry in config.json has one value per key for a single encoder, and a list of values for
+    several encoders.
+    """
+    keys = ("encoder", "side", "from", "fingerprint")
+    if isinstance(record["encoder"], str):
+        return [{key: record[key] for key in keys if key in record}]
+    return [
+        {key: record[key][i] for key in keys if key in record}
+        for i in range(len(record["encoder"]))
+    ]
+
+
+def join_records(records: list[dict]) -> dict:
+    """Return the keys of an entry in config.json; the inverse of `split_record`."""
+    if len(records) == 1:
+        return records[0]
+    return {key: [record[key] for record in records] for key in records[0]}
 
 
 class EncoderTokens(Target):
-    """The target of REPA: the patch tokens of a frozen, pretrained image encoder."""
+    """The target of REPA: the patch tokens of frozen, pretrained image encoders.
+
+    As in REPA, each of several encoders has a head, and the loss is the mean over the encoders.
+    The heads are named by the positions of their encoders.
+    """
 
     name = "repa"
     title = "REPA"
@@ -53,12 +47,19 @@ class EncoderTokens(Target):
     Settings = EncoderSettings
 
     def __post_init__(self) -> None:
-        self.encoder: Encoder | None = None
-        record = self.record
-        weights = self.settings.weights
+        self.records = split_record(self.record)
+        all_settings = split_settings(self.settings)
+        # An encoder whose tokens are stored is None.
+        self.encoders = [
+            self._load_encoder(record, settings.weights)
+            for record, settings in zip(self.records, all_settings, strict=True)
+        ]
+
+    def _load_encoder(self, record: dict, weights: Path | None) -> Encoder | None:
+        """Return an encoder, or None if its tokens are stored."""
         reads_images = record["from"] == "images"
         if not reads_images and not weights:
-            return
+            return None
         encoder = Encoder(
             record["encoder"],
             self.cache.resolution,
@@ -68,15 +69,20 @@ class EncoderTokens(Target):
             side=record["side"],
         )
         if reads_images:
-            self.encoder = encoder
             if self.context.compile:
-                self.encoder.compile_blocks()
-        elif encoder.fingerprint != self.identity["fingerprint"]:
+                encoder.compile_blocks()
+            return encoder
+        if encoder.fingerprint != self._stored_fingerprint(record):
             raise FieldError(
                 "weights",
                 f"{weights} differs from the weights of {record['encoder']} with which "
                 f"{record['from']} was computed; pass --repa-from images to use these weights",
             )
+        return None
+
+    def _stored_fingerprint(self, record: dict) -> str:
+        folder = record["from"].removeprefix("features/")
+        return self.cache.features[folder]["fingerprint"]
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str | None) -> Defaults:
@@ -85,54 +91,92 @@ class EncoderTokens(Target):
 
     @staticmethod
     def plan(settings: EncoderSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
-        encoder_name = canonical_name(settings.encoder)
-        width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
-        source = "images"
-        folder = None
-        if settings.source != "images":
-            folder = _find_features(settings, encoder_name, network.grid_size, cache)
-        if folder:
-            source = f"features/{folder}"
-            side = cache.features[folder]["side"]
-        elif not cache.has_images:
-            raise FieldError(
-                "method",
-                "needs images, but the cache has none: rerun the command that created it "
-                "(encode_latents or import_repa) with --keep-images",
-            )
-        return Plan(width, {"encoder": encoder_name, "side": side, "from": source})
+        plans = [
+            _plan_encoder(encoder_settings, network, cache)
+            for encoder_settings in split_settings(settings)
+        ]
+        record = join_records([record for _, record in plans])
+        if len(plans) == 1:
+            return Plan(plans[0][0], record)
+        return Plan({str(i): width for i, (width, _) in enumerate(plans)}, record)
 
     @staticmethod
     def restore(settings: EncoderSettings, record: dict) -> EncoderSettings:
+        records = split_record(record)
+        names = [canonical_name(name) for name in settings.encoder.split(",")]
+        if names != [encoder["encoder"] for encoder in records]:
+            return settings  # these settings cannot resume the run
         if settings.source == "auto":
-            source = "images" if record["from"] == "images" else "features"
-            settings = replace(settings, source=source)
+            sources = [
+                "images" if encoder["from"] == "images" else "features" for encoder in records
+            ]
+            settings = replace(settings, source=",".join(sources))
         if settings.side is None:
-            settings = replace(settings, side=record["side"])
+            sides = ",".join(str(encoder["side"]) for encoder in records)
+            settings = replace(settings, side=parse_sides(sides))
         return settings
 
     @staticmethod
     def cost(record: dict, network: SiTConfig, cache: CacheInfo) -> Cost:
-        if record["from"] != "images":
-            return Cost()
-        return Cost(*encoder_cost(record["encoder"], cache.resolution, record["side"]))
+        costs = [
+            encoder_cost(encoder["encoder"], cache.resolution, encoder["side"])
+            for encoder in split_record(record)
+            if encoder["from"] == "images"
+        ]
+        return Cost(sum(parameters for parameters, _ in costs), sum(flops for _, flops in costs))
 
     @property
     def cache_inputs(self) -> tuple[str, ...]:
-        return (self.record["from"],)
+        return tuple(dict.fromkeys(record["from"] for record in self.records))
 
     @property
     def identity(self) -> dict:
-        if self.encoder:
-            return {"fingerprint": self.encoder.fingerprint}
-        folder = self.record["from"].removeprefix("features/")
-        return {"fingerprint": self.cache.features[folder]["fingerprint"]}
+        fingerprints = [
+            encoder.fingerprint if encoder else self._stored_fingerprint(record)
+            for encoder, record in zip(self.encoders, self.records)
+        ]
+        return join_records([{"fingerprint": fingerprint} for fingerprint in fingerprints])
 
-    def __call__(self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]) -> Tensor:
-        images_or_features = inputs.cache_inputs[self.record["from"]]
-        if self.encoder:
-            return self.encoder(images_or_features)
-        return images_or_features.float()
+    def __call__(
+        self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        tokens = []
+        for encoder, record in zip(self.encoders, self.records):
+            images_or_features = inputs.cache_inputs[record["from"]]
+            if encoder:
+                tokens.append(encoder(images_or_features))
+            else:
+                tokens.append(images_or_features.float())
+        if len(tokens) == 1:
+            return tokens[0]
+        return {str(i): encoder_tokens for i, encoder_tokens in enumerate(tokens)}
+
+
+def _plan_encoder(
+    settings: EncoderSettings, network: SiTConfig, cache: CacheInfo
+) -> tuple[int, dict]:
+    """Return the dimension of the tokens of one encoder, and its keys in config.json.
+
+    Raises:
+        FieldError: If a setting does not fit the network or the cache.
+    """
+    assert not isinstance(settings.side, str), settings.side
+    encoder_name = canonical_name(settings.encoder)
+    width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
+    source = "images"
+    folder = None
+    if settings.source != "images":
+        folder = _find_features(settings, encoder_name, network.grid_size, cache)
+    if folder:
+        source = f"features/{folder}"
+        side = cache.features[folder]["side"]
+    elif not cache.has_images:
+        raise FieldError(
+            "method",
+            "needs images, but the cache has none: rerun the command that created it "
+            "(encode_latents or import_repa) with --keep-images",
+        )
+    return width, {"encoder": encoder_name, "side": side, "from": source}
 
 
 def _find_features(

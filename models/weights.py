@@ -16,25 +16,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from common.lfs import describe_lfs_pointer
 from models.errors import FieldError
+from models.repa_encoders import ENCODER_ALIASES, REPA_ENCODERS, is_torchscript, read_clip
 
 TimmNetwork: TypeAlias = Any  # timm adds attributes and methods that nn.Module does not declare
-
-_DINOV2_SIZES = ("small", "base", "large", "giant")
-ENCODER_ALIASES = {
-    f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES
-}
-# REPA's encoder names -> timm names of the weights that REPA downloads.
-REPA_ENCODERS = {
-    **{f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES},
-    **{
-        f"dinov2reg-vit-{size[0]}": f"vit_{size}_patch14_reg4_dinov2.lvd142m"
-        for size in _DINOV2_SIZES
-    },
-    "dinov1-vit-b": "vit_base_patch16_224.dino",
-    "clip-vit-L": "vit_large_patch14_clip_quickgelu_224.openai",
-    "mae-vit-l": "vit_large_patch16_224.mae",
-    "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
-}
 
 
 def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
@@ -49,12 +33,10 @@ def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
     """
     import timm
 
-    if name.startswith("mocov3-"):
-        raise FieldError(
-            "encoder",
-            f"{name}: timm has no MoCo v3 weights; choose one of {', '.join(REPA_ENCODERS)}",
-        )
-    full_name = ENCODER_ALIASES.get(name) or REPA_ENCODERS.get(name) or name
+    if name in REPA_ENCODERS:
+        full_name = REPA_ENCODERS[name].timm_name
+    else:
+        full_name = ENCODER_ALIASES.get(name, name)
     architecture, _, tag = full_name.partition(".")
     is_known = timm.is_model(architecture) and (not tag or timm.is_model_pretrained(full_name))
     if is_known:
@@ -66,47 +48,103 @@ def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
     raise FieldError("encoder", f"{name} is not a timm model; similar names: {', '.join(similar)}")
 
 
+def create_network(
+    name: str, pretrained: bool = False, overlay: dict[str, Any] | None = None
+) -> TimmNetwork:
+    """Create a timm network without the classifier.
+
+    Args:
+        name: Encoder name as in `timm_name`.
+        pretrained: Whether to load pretrained weights instead of random weights.
+        overlay: Entries of timm's `pretrained_cfg` to replace, such as the file of weights.
+    """
+    import timm
+
+    encoder = REPA_ENCODERS.get(name)
+    arguments = encoder.arguments if encoder else {}
+    pretrained_cfg = (encoder.pretrained_cfg if encoder else {}) | (overlay or {})
+    return timm.create_model(
+        timm_name(name),
+        pretrained=pretrained,
+        num_classes=0,
+        pretrained_cfg_overlay=pretrained_cfg or None,
+        **arguments,
+    )
+
+
 def load_network(name: str, weights: Path | None = None, pretrained: bool = True) -> TimmNetwork:
     """Load a timm network without the classifier, frozen and in eval mode.
 
     Args:
         name: Encoder name as in `timm_name`.
-        weights: File with weights in timm's format. By default, timm downloads the weights.
+        weights: File with weights in timm's format, or the published file of an encoder of REPA.
+            By default, timm downloads the weights.
         pretrained: Whether to load pretrained weights instead of random weights.
 
     Raises:
         FieldError: If the name is unknown or the weights cannot be loaded.
     """
-    import timm
-
     architecture = timm_name(name)
-    if weights and not weights.exists():
-        raise FieldError("weights", f"{weights} does not exist")
-    overlay = {"file": str(weights)} if weights else None
+    encoder = REPA_ENCODERS.get(name)
+    if weights:
+        _check_file(weights, name)
+    elif pretrained and encoder and not encoder.in_timm:
+        raise FieldError(
+            "encoder",
+            f"{name} cannot be downloaded by timm: download {encoder.source}, then pass its path "
+            "as the weights file",
+        )
     try:
+        overlay: dict[str, Any] = {}
+        if weights and encoder and encoder.read:
+            overlay["state_dict"] = encoder.read(weights)
+        elif weights:
+            overlay["file"] = str(weights)
         with _require_all_weights(), _silence_hub_retries():
-            network = timm.create_model(
-                architecture, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay
-            )
+            network = create_network(name, pretrained, overlay)
     except Exception as error:  # raised by the hub client, safetensors, torch or timm
         if weights:
             if problem := describe_lfs_pointer(weights):
                 raise FieldError("weights", problem) from None
             reason = " ".join(str(error).split())[:160]
+            hint = f"; {name} is published as {encoder.source}" if encoder else ""
             raise FieldError(
-                "weights", f"{weights} does not fit {architecture} ({reason})"
+                "weights", f"{weights} does not fit {architecture} ({reason}){hint}"
             ) from None
-        config = timm.get_pretrained_cfg(architecture)
-        hub_id = (config and config.hf_hub_id) or architecture
-        if "/" not in hub_id:
-            hub_id = f"timm/{hub_id}"
         raise FieldError(
             "encoder",
             f"{name}: timm cannot load {architecture} ({format_exception(error)}): with "
-            f"network access, run 'hf download {hub_id} model.safetensors', then pass the path "
-            "that it prints as the weights file",
+            f"network access, {_describe_download(name)} as the weights file",
         ) from None
+    network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     return network.eval().requires_grad_(False)
+
+
+def _check_file(weights: Path, name: str) -> None:
+    """Raise FieldError unless the file exists and is of a kind that this encoder may read."""
+    if not weights.exists():
+        raise FieldError("weights", f"{weights} does not exist")
+    encoder = REPA_ENCODERS.get(name)
+    if is_torchscript(weights) and not (encoder and encoder.read is read_clip):
+        raise FieldError(
+            "weights",
+            f"{weights} is a TorchScript archive, which only the encoder clip-vit-L reads; pass a "
+            f"file of weights for {name}",
+        )
+
+
+def _describe_download(name: str) -> str:
+    """Return the instruction to download the weights of a network, for an error message."""
+    import timm
+
+    config = timm.get_pretrained_cfg(timm_name(name))
+    encoder = REPA_ENCODERS.get(name)
+    if encoder and not (config and config.hf_hub_id):
+        return f"download {encoder.source}, then pass its path"
+    hub_id = (config and config.hf_hub_id) or timm_name(name)
+    if "/" not in hub_id:
+        hub_id = f"timm/{hub_id}"
+    return f"run 'hf download {hub_id} model.safetensors', then pass the path that it prints"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from common.cli import UserError
+from common.cli import UserError, format_value
 from common.config import to_plain
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
@@ -205,17 +205,20 @@ def restore_settings(
     Args:
         alignments: Settings from the current flags.
         stored: The "align" list in the checkpoint's config.json.
+
+    Raises:
+        UserError: A setting is invalid.
     """
     entries = {entry["method"]: entry for entry in stored}
-    return tuple(
-        replace(
-            config,
-            settings=TARGETS[config.method].restore(config.settings, entries[config.method]),
-        )
-        if config.method in entries
-        else config
-        for config in alignments
-    )
+    restored = []
+    for config in alignments:
+        if config.method in entries:
+            target = TARGETS[config.method]
+            with _convert_field_errors(config.method):
+                values = target.restore(config.settings, entries[config.method])
+            config = replace(config, settings=values)
+        restored.append(config)
+    return tuple(restored)
 
 
 def make_run_context(
@@ -311,7 +314,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
     flops = sum(head_flops(config, spec) for spec in specs.values())
     method_settings = "".join(
-        f"{key.replace('_', ' ')} {value}, "
+        f"{key.replace('_', ' ')} {format_value(value)}, "
         for key, value in entry.items()
         if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint", "ema_sha256")
     )

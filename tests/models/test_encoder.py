@@ -1,5 +1,8 @@
 """Test the encoder of REPA: tokens, input size, token grid, errors, and the bundled weights."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -14,20 +17,23 @@ from models.encoder import (
     Encoder,
     TokenGridError,
     describe_encoder,
+    encoder_cost,
     patch_tokens,
     resample_tokens,
 )
-from models.encoder_target import EncoderSettings, EncoderTokens
+from models.encoder_settings import EncoderSettings, split_settings
+from models.encoder_target import EncoderTokens
 from models.errors import FieldError
+from models.repa_encoders import ENCODER_ALIASES, REPA_ENCODERS
 from models.sit import SiTConfig
 from models.target import CacheInfo
 from models.weights import (
-    ENCODER_ALIASES,
-    REPA_ENCODERS,
     load_network,
     timm_name,
     weights_fingerprint,
 )
+
+NETWORK = SiTConfig(depth=2, width=32, heads=2, patch=2, latent_size=8)
 
 
 def make_images(count: int, side: int) -> torch.Tensor:
@@ -102,7 +108,8 @@ def test_default_input_side_follows_repa_with_a_minimum_of_224(name, resolution,
 
 
 def test_final_norm_is_omitted_where_repa_omits_it(monkeypatch, vit_weights):
-    monkeypatch.setitem(REPA_ENCODERS, "mae-vit-l", "test_vit")
+    small = replace(REPA_ENCODERS["mae-vit-l"], timm_name="test_vit")
+    monkeypatch.setitem(REPA_ENCODERS, "mae-vit-l", small)
     without_norm = Encoder("mae-vit-l", 224, 14, vit_weights)
     with_norm = Encoder("test_vit", 224, 14, vit_weights)
     images = make_images(1, 224)
@@ -196,7 +203,8 @@ def test_fingerprint_depends_on_weights_and_settings(vit_weights):
 
 
 def test_every_alias_names_a_network_with_weights():
-    for name in (*ENCODER_ALIASES, *REPA_ENCODERS):
+    in_timm = [name for name, encoder in REPA_ENCODERS.items() if encoder.in_timm]
+    for name in (*ENCODER_ALIASES, *in_timm):
         assert timm.is_model_pretrained(timm_name(name)), name
 
 
@@ -205,7 +213,7 @@ def test_every_alias_names_a_network_with_weights():
     [
         ("dinov2-vit-x", {}, "dinov2-vit-x is not a timm model; similar names: dinov2-vit-"),
         ("vit_base_patch14_dinov2.lvd", {}, "similar names: vit_base_patch14_dinov2.lvd142m"),
-        ("mocov3-vit-b", {}, "timm has no MoCo v3 weights; choose one of .*dinov2-vit-b"),
+        ("mocov3-resnet-50", {}, "mocov3-resnet-50 is not a timm model; similar names: .*resnet"),
         ("volo_d1_224", {}, "square grid of patch tokens: an image yields an array of 197 x 384"),
         ("pit_ti_224", {}, "square grid of patch tokens: an image yields a single token"),
         ("test_vit", {"side": 0}, "test_vit requires inputs of at least 16 pixels, not 0"),
@@ -249,7 +257,6 @@ def test_missing_weights_are_recorded_only_while_a_network_is_loaded(vit_weights
 
 
 def test_ambiguous_stored_features_are_rejected_only_if_they_would_be_used():
-    network = SiTConfig(depth=2, width=32, heads=2, patch=2, latent_size=8)
     features = {
         f"test_vit-{side}": {"encoder": "test_vit", "side": side, "tokens_side": 4}
         for side in (64, 96)
@@ -257,13 +264,69 @@ def test_ambiguous_stored_features_are_rejected_only_if_they_would_be_used():
     cache = CacheInfo(32, LatentScale(1.0, 0.0), [], [], has_images=True, features=features)
 
     def plan(**options):
-        return EncoderTokens.plan(EncoderSettings("test_vit", **options), network, cache).record
+        return EncoderTokens.plan(EncoderSettings("test_vit", **options), NETWORK, cache).record
 
     with pytest.raises(FieldError, match="features of test_vit for input sizes 64 96") as error:
         plan()
     assert error.value.field == "side"
     assert plan(side=96) == {"encoder": "test_vit", "side": 96, "from": "features/test_vit-96"}
     assert plan(source="images") == {"encoder": "test_vit", "side": 224, "from": "images"}
+
+
+def test_settings_of_several_encoders_are_split():
+    settings = EncoderSettings("test_vit,test_vit2", Path("auto,b.pth"), "64,96", "images")
+    assert split_settings(settings) == [
+        EncoderSettings("test_vit", None, 64, "images"),
+        EncoderSettings("test_vit2", Path("b.pth"), 96, "images"),
+    ]
+    shared = split_settings(EncoderSettings("test_vit,test_vit2", side=64))
+    assert [(one.side, one.weights, one.source) for one in shared] == [(64, None, "auto")] * 2
+    single = EncoderSettings("test_vit", Path("a,b.pth"), 64)
+    assert split_settings(single) == [single]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "message"),
+    [
+        ({"encoder": "dinov2-b,dinov2-vit-b"}, "encoder", "dinov2-vit-b is repeated"),
+        ({"encoder": "test_vit,,test_vit2"}, "encoder", "separated by single commas"),
+        ({"weights": Path("a.pth")}, "weights", "a.pth: pass 2 files .* of test_vit,test_vit2, no"),
+        ({"side": "64,96,128"}, "side", "64,96,128: pass one size for all encoders, or 2 sizes"),
+        ({"encoder": "test_vit", "side": "64,96"}, "side", "64,96: pass one size for the encoder"),
+    ],
+)
+def test_contradictory_settings_of_several_encoders_are_rejected(settings, field, message):
+    settings = EncoderSettings(**{"encoder": "test_vit,test_vit2"} | settings)
+    with pytest.raises(FieldError, match=message) as error:
+        EncoderTokens.plan(settings, NETWORK, CacheInfo(32, LatentScale(1.0, 0.0), [], [], True))
+    assert error.value.field == field and "\n" not in error.value.reason
+
+
+def test_resumed_run_keeps_the_sources_of_several_encoders():
+    features = {
+        f"{name}-64": {"encoder": name, "side": 64, "tokens_side": 4}
+        for name in ("test_vit", "test_vit2")
+    }
+    cache = CacheInfo(32, LatentScale(1.0, 0.0), [], [], has_images=True, features=features)
+    settings = EncoderSettings("test_vit,test_vit2")
+    plan = EncoderTokens.plan(settings, NETWORK, cache)
+    assert plan.record["from"] == ["features/test_vit-64", "features/test_vit2-64"]
+    assert plan.token_dim == {"0": 64, "1": 64}
+    record = plan.record | {"from": ["images", "features/test_vit2-64"], "side": [224, 64]}
+    restored = EncoderTokens.restore(settings, record)
+    assert EncoderTokens.plan(restored, NETWORK, cache).record == record
+    other = EncoderSettings("test_vit")  # the number of encoders has changed
+    assert EncoderTokens.restore(other, record) == other
+
+
+def test_cost_of_several_encoders_is_that_of_the_encoders_in_every_step():
+    cache = CacheInfo(32, LatentScale(1.0, 0.0), [], [], has_images=True)
+    record = {"encoder": ["test_vit", "test_vit2", "lcnet_035"], "side": [64, 96, 64]}
+    record["from"] = ["images", "images", "features/lcnet_035"]
+    first = encoder_cost("test_vit", 32, 64)
+    second = encoder_cost("test_vit2", 32, 96)
+    expected = (first[0] + second[0], first[1] + second[1])
+    assert EncoderTokens.cost(record, NETWORK, cache) == expected
 
 
 def test_evaluation_features_come_from_the_same_network(vit_weights):

@@ -19,7 +19,7 @@ from training.alignment import required_cache_inputs
 
 @pytest.fixture(scope="session")
 def with_images(tmp_path_factory, tree, vae_folder) -> Path:
-    """A folder with a cache that keeps its images, and random encoder weights in timm's format."""
+    """A folder with a cache that keeps its images, and weights of two encoders in timm's format."""
     from preprocessing import encode_latents
 
     folder = tmp_path_factory.mktemp("with-images")
@@ -29,6 +29,8 @@ def with_images(tmp_path_factory, tree, vae_folder) -> Path:
     network = timm.create_model("test_vit", pretrained=False)
     torch.nn.init.normal_(network.pos_embed)
     save_file(network.state_dict(), folder / "weights.safetensors")
+    second = timm.create_model("test_vit2", pretrained=False)
+    save_file(second.state_dict(), folder / "second.safetensors")
     return folder
 
 

@@ -16,6 +16,7 @@ import train
 from checkpointing import export
 from dataset import TrainingStream
 from latents.cache import LatentCache
+from models.encoder import Encoder
 from models.projector import Projector
 from models.target import Defaults, Plan, Target
 from preprocessing import encode_features
@@ -188,6 +189,60 @@ def test_other_encoder_weights_do_not_resume_a_run(call, with_images, tmp_path):
     code, out = call(train, *flags, "--max-train-steps", 2, "--encoder-weights", other)
     assert code == 2 and "another setting of --align repa: fingerprint was" in out
     assert call(train, *flags, "--max-train-steps", 2)[0] == 0
+
+
+def two_encoder_flags(with_images, *more):
+    files = f"{with_images / 'weights.safetensors'},{with_images / 'second.safetensors'}"
+    encoders = ["--repa-encoder", "test_vit,test_vit2", "--encoder-weights", files]
+    return ["--align", "repa", *encoders, *more]
+
+
+def test_several_encoders_have_a_head_each_and_the_mean_loss(make, with_images):
+    flags = two_encoder_flags(with_images, "--repa-side", "64,96")
+    step, batch = make(*flags, data=with_images / "data")
+    step(batch)
+    [(inputs, tokens)] = make.calls["repa"]
+    assert list(inputs.cache_inputs) == ["images"]
+    files = {"test_vit": "weights.safetensors", "test_vit2": "second.safetensors"}
+    for i, (name, file) in enumerate(files.items()):
+        encoder = Encoder(name, 32, 4, with_images / file, side=(64, 96)[i])
+        assert torch.equal(tokens[str(i)], encoder(inputs.cache_inputs["images"]))
+
+    assert list(step.state.model.heads) == ["repa-0", "repa-1"]
+    _, scalars = step.compute_losses(inputs)
+    output = step.model(*_noisy(step, inputs))
+    similarities = [
+        torch.nn.functional.cosine_similarity(output.projected[f"repa-{i}"], tokens[i], dim=-1)
+        for i in tokens
+    ]
+    expected = 1 - (similarities[0].mean(1) + similarities[1].mean(1)) / 2
+    torch.testing.assert_close(scalars["align/repa"], expected)
+
+
+def test_several_encoders_mix_stored_features_and_images(call, with_images, tmp_path):
+    data = shutil.copytree(with_images / "data", tmp_path / "data")
+    encoder = ("--encoder", "test_vit", "--encoder-weights", with_images / "weights.safetensors")
+    assert call(encode_features, data, *encoder, "--side", 64)[0] == 0
+    flags = train_flags(data, tmp_path, "run", *two_encoder_flags(with_images))
+    code, out = call(train, *flags, "--max-train-steps", 1)
+    assert code == 0, out
+    line = "repa: encoder test_vit test_vit2, side 64 224, from features/test_vit-64-4x4 images"
+    assert line in out
+    config = json.loads((tmp_path / "run/checkpoints/0000001/config.json").read_text())
+    [entry] = config["align"]
+    assert entry["from"] == ["features/test_vit-64-4x4", "images"]
+    assert list(entry["heads"]) == ["0", "1"] and len(set(entry["fingerprint"])) == 2
+
+    # A resumed run does not use features that were stored later.
+    second = ("--encoder", "test_vit2", "--encoder-weights", with_images / "second.safetensors")
+    assert call(encode_features, data, *second)[0] == 0
+    code, out = call(train, *flags, "--max-train-steps", 2)
+    assert code == 0, out
+    config = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
+    assert config["align"] == [entry]
+    assert read_metrics(tmp_path / "run")[-1]["align/repa"] > 0
+    code, out = call(train, *flags, "--max-train-steps", 3, "--repa-encoder", "test_vit2,test_vit")
+    assert code == 2 and "encoder was" in out, out
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])

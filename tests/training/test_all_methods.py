@@ -29,6 +29,10 @@ SMALL_PRESET = {"depth": 3, "width": 64, "heads": 2, "patch": 2}
 MLP = "--projector-width 64"
 IMAGES = "--repa-encoder test_vit --encoder-weights {weights} --repa-side 64 --repa-from images"
 FEATURES = "--repa-encoder test_vit --repa-from features"
+TWO_ENCODERS = (
+    "--repa-encoder test_vit,test_vit2 --encoder-weights {weights},{second} --repa-side 64 "
+    "--repa-from images"
+)
 FROZEN = "--selftrans-checkpoint {frozen}"
 CONFIGURATIONS = {
     "sra2": f"--align sra2 {MLP}",
@@ -36,6 +40,7 @@ CONFIGURATIONS = {
     "repa": f"--align repa {IMAGES} {MLP}",
     "irepa": f"--align repa {FEATURES} --projector-type conv "
     "--projector-kernel 1 --target-norm zscore --zscore-alpha 0.8",
+    "repa with two encoders": f"--align repa {TWO_ENCODERS} {MLP}",
     "haste": f"--align repa {FEATURES} {MLP} --align-stop-step 3",
     "sra": f"--align sra {MLP}",
     "layersync": "--align layersync",
@@ -89,7 +94,8 @@ def files(tmp_path_factory, with_images) -> dict[str, Path]:
     call_main(encode_features, data, *encoder)
     options = ("--max-train-steps", 2, "--learning-rate", 0.01)
     call_main(train, *train_flags(data, folder, "frozen", *options))
-    return {"data": data, "weights": weights, "frozen": folder / "frozen"}
+    second = with_images / "second.safetensors"
+    return {"data": data, "weights": weights, "second": second, "frozen": folder / "frozen"}
 
 
 @pytest.fixture(scope="module")

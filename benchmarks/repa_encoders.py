@@ -1,0 +1,333 @@
+r"""Compare the tokens of REPA's encoders with those of REPA's own code.
+
+    python -m benchmarks.repa_encoders --repa-repository ../REPA --dino-repository ../dino \
+        --dinov2-repository ../dinov2 --json encoders.json
+
+For each encoder, random weights are written to a file in the format in which the authors of the
+encoder publish their weights. REPA's functions `load_encoders` and `preprocess_raw_image` read this
+file and prepare the images; models/encoder.py reads the same file as --encoder-weights does. Both
+encode the same images of 256 pixels in float32 on the CPU. The command fails if two tokens differ
+by more than 1e-5 of the largest value of a token.
+
+REPA's repository contains the networks of MoCo v3, MAE and I-JEPA, and the blocks of CLIP. The
+networks of DINO and DINOv2 come from clones of their repositories; without the flag, these encoders
+are omitted. REPA's file models/dinov1.py is not published; DINO's `get_intermediate_layers` takes
+its place. The networks have their original sizes. The command needs 12 GB of memory.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import describe_machine, make_parser, write_result
+from benchmarks.repa import load_functions, load_module
+from common import cli
+from common.cli import UserError
+from models.encoder import Encoder
+from models.repa_encoders import REPA_ENCODERS
+
+RESOLUTION = 256
+NUM_IMAGES = 2
+TOLERANCE = 1e-5
+# Name of the encoder -> file that REPA reads, and flag of the clone with its network.
+FILES = {
+    "mocov3-vit-s": ("mocov3_vits.pth", "--repa-repository"),
+    "mocov3-vit-b": ("mocov3_vitb.pth", "--repa-repository"),
+    "mocov3-vit-l": ("mocov3_vitl.pth", "--repa-repository"),
+    "clip-vit-L": ("ViT-L-14.pt", "--repa-repository"),
+    "mae-vit-l": ("mae_vitl.pth", "--repa-repository"),
+    "jepa-vit-h": ("ijepa_vith.pth", "--repa-repository"),
+    "dinov1-vit-b": ("dinov1_vitb.pth", "--dino-repository"),
+    "dinov2-vit-b": ("dinov2_vitb.pth", "--dinov2-repository"),
+    "dinov2reg-vit-b": ("dinov2reg_vitb.pth", "--dinov2-repository"),
+}
+FIXED = ("pos_embed",)  # parameters that keep their values if the position embedding is not learned
+
+
+class ClipImageNetwork(nn.Module):
+    """The attributes of CLIP's image network that REPA's UpdatedVisionTransformer reads."""
+
+    def __init__(self, parts: ModuleType, width: int = 1024, layers: int = 24, side: int = 224):
+        super().__init__()
+        patch_size = 14
+        num_tokens = (side // patch_size) ** 2 + 1
+        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(num_tokens, width))
+        self.ln_pre = parts.LayerNorm(width)
+        self.transformer = parts.Transformer(width, layers, width // 64)
+        self.ln_post = parts.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, 768))
+
+
+def randomize(state: dict[str, Tensor], fixed: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Add random numbers to weights, because initial biases and norms would not affect tokens."""
+    return {
+        key: value
+        if key in fixed
+        else value + (0.1 if value.ndim == 1 else 0.02) * torch.randn_like(value)
+        for key, value in state.items()
+    }
+
+
+def make_script(state: dict[str, Tensor]) -> torch.jit.ScriptModule:
+    """Return a TorchScript module with this state dict."""
+    root = nn.Module()
+    for key, value in state.items():
+        *folders, name = key.split(".")
+        module = root
+        for folder in folders:
+            if folder not in dict(module.named_children()):
+                module.add_module(folder, nn.Module())
+            module = module.get_submodule(folder)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return torch.jit.script(root)
+
+
+class RepaCode:
+    """REPA's code, with the networks that it loads from other repositories.
+
+    Args:
+        repository: A clone of REPA's repository.
+        others: Flag -> clone of another repository.
+    """
+
+    def __init__(self, repository: Path, others: dict[str, Path]):
+        self.others = others
+        models = repository / "models"
+        self.mocov3 = load_module(models / "mocov3_vit.py")
+        self.mae = load_module(models / "mae_vit.py")
+        self.jepa = load_module(models / "jepa.py")
+        clip = ModuleType("clip")
+        clip.load = self._load_clip  # type: ignore[attr-defined]  # OpenAI's package
+        with patch.dict(sys.modules, clip=clip):
+            self.clip = load_module(models / "clip_vit.py")
+        self.modules = {
+            "clip": clip,
+            "models.mocov3_vit": self.mocov3,
+            "models.mae_vit": self.mae,
+            "models.jepa": self.jepa,
+            "models.clip_vit": self.clip,
+            "models.dinov1": SimpleNamespace(vit_base=self.make_dino),
+        }
+        import timm
+
+        loop = load_functions(repository / "train.py", ("preprocess_raw_image",))
+        loop["CLIP_DEFAULT_MEAN"] = timm.data.OPENAI_CLIP_MEAN
+        loop["CLIP_DEFAULT_STD"] = timm.data.OPENAI_CLIP_STD
+        self.preprocess: Callable[[Tensor, str], Tensor] = loop["preprocess_raw_image"]
+        functions = load_functions(
+            repository / "utils.py", ("load_encoders", "fix_mocov3_state_dict")
+        )
+        functions |= {"timm": timm, "mocov3_vit": self.mocov3}
+        functions["fix_mocov3_state_dict"].__globals__.update(functions)
+        self.load_encoders = functions["load_encoders"]
+
+    def _load_clip(self, name: str, device: str) -> tuple[SimpleNamespace, None]:
+        """Return the image network of a TorchScript archive in float32, as OpenAI's package."""
+        archive = torch.jit.load(f"ckpts/{name.replace('/', '-')}.pt", map_location=device)
+        network = ClipImageNetwork(self.clip)
+        network.load_state_dict(
+            {
+                key.removeprefix("visual."): value.float()
+                for key, value in archive.state_dict().items()
+                if key.startswith("visual.")
+            }
+        )
+        return SimpleNamespace(visual=network), None
+
+    def make_dino(self, side: int = RESOLUTION) -> nn.Module:
+        """Return the network of DINO, whose output are the patch tokens after the final norm."""
+        utils = SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)
+        with patch.dict(sys.modules, utils=utils):
+            module = load_module(self.others["--dino-repository"] / "vision_transformer.py")
+        network = module.vit_base(img_size=[side])
+        network.forward = lambda x: network.get_intermediate_layers(x)[0][:, 1:]
+        return network
+
+    def make_dinov2(self, name: str) -> nn.Module:
+        """Return a network of DINOv2 with random weights."""
+        folder = str(self.others["--dinov2-repository"])
+        with patch.object(sys, "path", [folder, *sys.path]):
+            return getattr(importlib.import_module("dinov2.hub.backbones"), name)(pretrained=False)
+
+    def make_file(self, name: str) -> Any:
+        """Return random weights in the format of the published file of an encoder."""
+        if name.startswith("mocov3"):
+            size = {"s": "small", "b": "base", "l": "large"}[name[-1]]
+            network = getattr(self.mocov3, f"vit_{size}")()
+            network.patch_embed.img_size = (224, 224)  # that of the published weights
+            network.build_2d_sincos_position_embedding()
+            state = randomize(network.state_dict(), FIXED)
+            if name == "mocov3-vit-l":
+                state = {_misname(key): value for key, value in state.items()}
+            branches = {f"module.base_encoder.{key}": value for key, value in state.items()}
+            branches |= {f"module.momentum_encoder.{key}": -value for key, value in state.items()}
+            branches["module.base_encoder.head.0.weight"] = torch.randn(4096, 768)
+            branches["module.predictor.0.weight"] = torch.randn(4096, 256)
+            return {"epoch": 300, "arch": f"vit_{size}", "state_dict": branches, "optimizer": {}}
+        if name == "clip-vit-L":
+            state = randomize(ClipImageNetwork(self.clip).state_dict())
+            image = {f"visual.{key}": value.half() for key, value in state.items()}
+            return make_script(image | {"text_projection": torch.randn(768, 768).half()})
+        if name == "mae-vit-l":
+            return {"model": randomize(self.mae.vit_large_patch16().state_dict())}
+        if name == "jepa-vit-h":
+            network = self.jepa.vit_huge(img_size=[224, 224], patch_size=14)
+            state = randomize(network.state_dict(), FIXED)
+            encoder = {f"module.{key}": value for key, value in state.items()}
+            predictor = {"module.mask_token": torch.randn(1, 1, 384)}
+            return {"encoder": encoder, "predictor": predictor, "epoch": 300, "opt": {}}
+        if name == "dinov1-vit-b":
+            return randomize(self.make_dino(side=224).state_dict())
+        registers = "_reg" if "reg" in name else ""
+        return randomize(self.make_dinov2(f"dinov2_vitb14{registers}").state_dict())
+
+    @torch.no_grad()
+    def encode(self, name: str, folder: Path, images: Tensor) -> Tensor:
+        """Return the tokens of images (B, 3, R, R) uint8, with REPA's code.
+
+        Args:
+            name: REPA's name of the encoder.
+            folder: Contains the folder `ckpts` of files.
+            images: Images, (B, 3, R, R) uint8.
+        """
+
+        def load_from_hub(repository: str, network_name: str) -> nn.Module:
+            network = self.make_dinov2(network_name)
+            network.load_state_dict(torch.load(Path("ckpts", FILES[name][0])))
+            return network
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.dict(sys.modules, self.modules))
+            stack.enter_context(patch.object(torch.hub, "load", load_from_hub))
+            stack.enter_context(working_directory(folder))
+            [encoder], [encoder_type], _ = self.load_encoders(name, "cpu", RESOLUTION)
+        encoder.eval()
+        tokens = encoder.forward_features(self.preprocess(images, encoder_type))
+        # The selection of tokens in the loop of REPA's train.py.
+        if "mocov3" in encoder_type:
+            tokens = tokens[:, 1:]
+        if "dinov2" in encoder_type:
+            tokens = tokens["x_norm_patchtokens"]
+        return tokens
+
+
+def _misname(key: str) -> str:
+    """Return the name of a parameter in the published ViT-L checkpoint of MoCo v3."""
+    names = {
+        "blocks.13.norm1.": "blocks.13.norm13.",
+        "blocks.13.mlp.fc1.": "blocks.13.mlp.fc13.",
+        "blocks.14.norm2.": "blocks.14.norm14.",
+        "blocks.14.mlp.fc2.": "blocks.14.mlp.fc14.",
+    }
+    for right, wrong in names.items():
+        key = key.replace(right, wrong)
+    return key
+
+
+@contextmanager
+def working_directory(folder: Path) -> Iterator[None]:
+    """Change the working directory, because REPA's code reads ./ckpts."""
+    previous = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
+
+
+def compare_encoder(code: RepaCode, name: str, images: Tensor) -> dict:
+    """Write a file of random weights, and compare the tokens of both programs.
+
+    Returns:
+        The number of tokens and their dimension, and the largest difference relative to the largest
+        value.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "ckpts", FILES[name][0])
+        path.parent.mkdir()
+        content = code.make_file(name)
+        if isinstance(content, torch.jit.ScriptModule):
+            content.save(str(path))
+        else:
+            torch.save(content, path)
+        del content
+        expected = code.encode(name, Path(folder), images)
+        tokens_side = int(expected.shape[1] ** 0.5)
+        tokens = Encoder(name, RESOLUTION, tokens_side, path)(images)
+    difference = (tokens - expected).abs().max() / expected.abs().max()
+    return {
+        "file": REPA_ENCODERS[name].file,
+        "tokens": list(tokens.shape[1:]),
+        "relative_difference": float(difference),
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__, "repa_encoders")
+    parser.add_argument(
+        "--repa-repository",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="clone of github.com/sihyun-yu/REPA",
+    )
+    for name in ("dino", "dinov2"):
+        parser.add_argument(
+            f"--{name}-repository",
+            type=Path,
+            metavar="DIR",
+            help=f"clone of github.com/facebookresearch/{name}",
+        )
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        choices=tuple(FILES),
+        metavar="NAME",
+        help=f"encoders to compare, out of {', '.join(FILES)} (default: those whose networks are "
+        "in the clones)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the comparison."""
+    args = parse_args()
+    clones = {
+        "--repa-repository": args.repa_repository,
+        "--dino-repository": args.dino_repository,
+        "--dinov2-repository": args.dinov2_repository,
+    }
+    names = args.encoders or [name for name, (_, flag) in FILES.items() if clones[flag]]
+    for name in names:
+        if not clones[FILES[name][1]]:
+            raise UserError(f"--encoders {name} needs {FILES[name][1]}: pass both flags")
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (NUM_IMAGES, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8)
+    code = RepaCode(args.repa_repository, clones)
+    encoders = {name: compare_encoder(code, name, images) for name in names}
+    machine = describe_machine(torch.device("cpu"))
+    result = {"tolerance": TOLERANCE, "encoders": encoders, "machine": machine}
+    write_result(result, args.json)
+    different = [
+        name for name, row in encoders.items() if not row["relative_difference"] <= TOLERANCE
+    ]
+    if different:
+        raise UserError(f"the tokens of {', '.join(different)} differ by more than {TOLERANCE:g}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

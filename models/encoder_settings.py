@@ -1,0 +1,111 @@
+"""Settings of the image encoders that compute the target of REPA."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.encoder import canonical_name
+from models.errors import FieldError
+
+AUTO_WEIGHTS = "auto"  # value of `weights` that downloads the weights of one of several encoders
+
+
+def parse_sides(text: str) -> int | str:
+    """Parse one input size, or several separated by commas, which remain a string."""
+    try:
+        sides = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: pass a number of pixels, or one per encoder separated by commas"
+        ) from None
+    return sides[0] if len(sides) == 1 else text
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Settings of REPA. With several encoders, `split_settings` returns the settings of each."""
+
+    encoder: str = field(
+        default="dinov2-b",
+        metadata={
+            "help": "image encoder: a timm model name, or a name that REPA uses; several encoders, "
+            "separated by commas, have a head each, and the loss is the mean over the encoders"
+        },
+    )
+    weights: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file with the encoder's weights in timm's format, or the published file of an "
+            "encoder of REPA (default: download from the hub); for several encoders, one file per "
+            f"encoder, separated by commas; {AUTO_WEIGHTS} downloads the weights of an encoder"
+        },
+    )
+    side: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "encoder input size in pixels; for several encoders, one size for all, or one "
+            "per encoder separated by commas (default: that of the stored features, otherwise as "
+            "in REPA (224 for 256-pixel images), with a minimum of 224)",
+            "type": parse_sides,
+        },
+    )
+    source: str = field(
+        default="auto",
+        metadata={
+            "help": "source of the encoder tokens; images: encode the images of the cache in every "
+            "step; features: read features stored by preprocessing.encode_features; auto: "
+            "features if the cache contains them, otherwise images",
+            "choices": ("auto", "images", "features"),
+        },
+    )
+
+
+def split_settings(settings: EncoderSettings) -> list[EncoderSettings]:
+    """Return the settings of each encoder.
+
+    Raises:
+        FieldError: If an encoder is repeated, or the number of values is not that of the encoders.
+    """
+    names = settings.encoder.split(",")
+    if len(names) == 1:
+        if isinstance(settings.side, str):
+            raise FieldError(
+                "side", f"{settings.side}: pass one size for the encoder {settings.encoder}"
+            )
+        return [settings]
+    if "" in names:
+        raise FieldError(
+            "encoder", f"{settings.encoder}: pass names that are separated by single commas"
+        )
+    canonical_names = [canonical_name(name) for name in names]
+    for i, name in enumerate(names):
+        if canonical_names[i] in canonical_names[:i]:
+            raise FieldError(
+                "encoder", f"{settings.encoder}: {name} is repeated; pass each encoder once"
+            )
+    files: list[Path | None] = [None] * len(names)
+    if settings.weights:
+        paths = str(settings.weights).split(",")
+        if len(paths) != len(names):
+            raise FieldError(
+                "weights",
+                f"{settings.weights}: pass {len(names)} files separated by commas, in the order of "
+                f"{settings.encoder}, not {len(paths)}; {AUTO_WEIGHTS} downloads the weights of an "
+                "encoder",
+            )
+        files = [None if path == AUTO_WEIGHTS else Path(path) for path in paths]
+    sides: list[int | None] = [None] * len(names)
+    if settings.side is not None:
+        sides = [int(side) for side in str(settings.side).split(",")]
+        if len(sides) == 1:
+            sides *= len(names)
+        if len(sides) != len(names):
+            raise FieldError(
+                "side",
+                f"{settings.side}: pass one size for all encoders, or {len(names)} sizes in the "
+                f"order of {settings.encoder}, not {len(sides)}",
+            )
+    sources = settings.source.split(",")
+    if len(sources) == 1:
+        sources *= len(names)
+    return [EncoderSettings(*values) for values in zip(names, files, sides, sources, strict=True)]
