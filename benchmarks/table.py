@@ -120,6 +120,10 @@ TABLES = {
     "scaling_assumptions": Table(
         table_rows.scaling_assumption_rows, "| assumption | value | source |", benchmark="scaling"
     ),
+    "rivals": Table(
+        table_rows.rivals_rows,
+        "| method | reference | denoising loss | alignment loss | total loss | gradient |",
+    ),
     "cost": Table(
         table_rows.cost_rows,
         "| run | method | external parameters | head parameters | forward GFLOPs "

@@ -254,3 +254,15 @@ def scaling_assumption_rows(result: dict) -> Iterator[str]:
     """Yield one row per assumption."""
     for assumption in result["assumptions"]:
         yield " | ".join(assumption.values())
+
+
+def rivals_rows(result: dict) -> Iterator[str]:
+    """Yield one row per method, with its differences from the code of its authors."""
+    for method, entry in result["results"].items():
+        source = "formulas in method.md"
+        if "url" in entry:
+            source = f"[{entry['url'].split('/')[-1]}]({entry['url']}) {entry['commit'][:7]}"
+        differences = [loss["difference"] for loss in entry["losses"].values()]
+        differences.append(entry["gradient"]["largest_difference"])
+        cells = [f"{difference:.0e}" if difference else "0" for difference in differences]
+        yield " | ".join([method, source, *cells])

@@ -308,6 +308,7 @@ def test_pages_contain_the_tables_of_the_results():
         "evaluation": "evaluation",
         "sampling": "sampling",
         "batch_size": "sampling",
+        "rivals": "rivals",
     }
     for name, text in table.make_tables().items():
         page = "scale" if name.startswith("scaling") else pages.get(name, "performance")
