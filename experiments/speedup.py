@@ -119,6 +119,20 @@ def count_images_needed(
     return low[..., 0], high[..., 0]
 
 
+def interpolate_curves(images: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
+    """Return the values of curves after `target` images, by log-log interpolation, (n,).
+
+    Args:
+        images: Number of images at each evaluation, (P,).
+        values: Curves of positive values, (n, P).
+        target: Number of images, between the first and the last evaluation; other numbers are
+            replaced by the nearest of these.
+    """
+    x = np.log(images)
+    logs = [np.interp(np.log(target), x, curve) for curve in np.log(values)]
+    return np.exp(logs)
+
+
 class SpeedUp(NamedTuple):
     """The factor by which a method needs fewer images than the baseline to reach a quality.
 

@@ -17,6 +17,7 @@ from experiments.speedup import (
     compute_bootstrap_interval,
     compute_detectable_difference,
     compute_speed_ups,
+    interpolate_curves,
 )
 
 # Metrics besides the main metric, and their columns in the log.
@@ -203,10 +204,11 @@ def format_numbers(result: dict) -> dict[str, str]:
     costs "FLOP" and "second" relative to the baseline.
 
     Quantities of each method except the baseline, relative to the baseline: "METRIC difference"
-    with a bootstrap interval (for the main metric, "agreement" and "held-out"), "student" (the t
-    interval) and "detectable" for the main metric, "held-out at T" in percent, "speed-up at IMAGES"
-    at the quality that the baseline reaches after this number of images, and "speed-up", "speed-up
-    per FLOP" and "speed-up per second" at the final quality of the baseline.
+    with a bootstrap interval (for the main metric, "agreement" and "held-out"), "equal FLOPs" (the
+    difference of the main metric at the FLOPs of the baseline), "student" (the t interval) and
+    "detectable" for the main metric, "held-out at T" in percent, "speed-up at IMAGES" at the
+    quality that the baseline reaches after this number of images, and "speed-up", "speed-up per
+    FLOP" and "speed-up per second" at the final quality of the baseline.
 
     Quantities that were not measured are omitted.
 
@@ -248,6 +250,12 @@ def format_numbers(result: dict) -> dict[str, str]:
                 quantities["detectable"] = (
                     f"{compute_detectable_difference(differences):.{decimals}f}"
                 )
+            if "FLOP" in costs:
+                at_equal_flops = interpolate_curves(
+                    quality.images, values, quality.images[-1] / costs["FLOP"]
+                )
+                differences = at_equal_flops - baseline_values[:, -1]
+                quantities["equal FLOPs"] = format_estimate(differences, f"+.{decimals}f")
             speed_ups = compute_speed_ups(quality.images, baseline_values, values)
             quantities |= format_speed_ups(speed_ups, costs)
             for t, curves in by_time.items():

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,12 @@ from experiments.study_numbers import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, without yellow.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-MARKERS = "osDP<>h"  # without the triangles that point up or down, which mark bounds
+# Okabe and Ito's colours, without yellow, followed by four others.
+COLOURS = (
+    *("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"),
+    *("#8C564B", "#7F7F7F", "#6A3D9A", "#B2DF8A"),
+)
+MARKERS = "osDP<>hXp*d"  # without the triangles that point up or down, which mark bounds
 FLOOR_LABEL = "autoencoder reconstructions"
 
 # The colour, marker and label of each measured method, by the name of the method.
@@ -74,6 +78,7 @@ def format_tables(result: dict) -> str:
         f"{metric} difference": baseline_header,
         "student": "95% t interval",
         "detectable": "detectable difference",
+        "equal FLOPs": "difference at equal FLOPs",
         "speed-up": "speed-up in images",
         "speed-up per FLOP": "speed-up in FLOPs",
         "speed-up per second": "speed-up in seconds",
@@ -185,6 +190,9 @@ def explain_tables(result: dict) -> list[str]:
         "that both methods were run with,",
         f"  with a 95% percentile bootstrap interval. {reliability}",
         "- The t interval is exact if the differences are normally distributed.",
+        f"- The difference at equal FLOPs compares the method at the FLOPs that {label} needs for "
+        f"{abbreviate(images)} images; the",
+        "  value of the method is read from its curve by log-log interpolation.",
         "- The detectable difference is the mean difference that a paired two-sided t test at the "
         "5% level detects with 80% power.",
         f"- The speed-up in images is the number of images at which {label} reaches a quality, "
@@ -221,7 +229,7 @@ def draw_figure(result: dict, path: Path) -> None:
     held_out = collect_curves(result, "held_out")
     styles = {
         method["name"]: {"color": color, "marker": marker, "label": method["label"]}
-        for method, color, marker in zip(result["methods"], COLOURS, MARKERS)
+        for method, color, marker in zip(result["methods"], cycle(COLOURS), cycle(MARKERS))
         if method["name"] in quality.by_method
     }
     figure, ((upper_left, upper_right), (lower_left, lower_right)) = plt.subplots(
@@ -249,7 +257,8 @@ def draw_figure(result: dict, path: Path) -> None:
     ]
     legend = partial(figure.legend, frameon=False, columnspacing=1.2, handlelength=1.6)
     legend(handles=marks, loc="outside lower center", ncols=4)
-    legend(handles=methods, loc="outside upper center", ncols=min(6, len(methods)))
+    num_columns = len(methods) if len(methods) <= 6 else math.ceil(len(methods) / 2)
+    legend(handles=methods, loc="outside upper center", ncols=num_columns)
     save_png(figure, path)
 
 

@@ -327,6 +327,9 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     weight = f"weight {entry['weight']:g}"
     if entry["stop_step"]:
         weight += f" until step {entry['stop_step']:,}"
+    if entry["t_range"] != [0, 1]:
+        low, high = entry["t_range"]
+        weight += f" for t from {low:g} to {high:g}"
     method = (
         f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, {weight}"
     )
