@@ -12,7 +12,11 @@ by more than 1e-5 of the largest value of a token.
 REPA's repository contains the networks of MoCo v3, MAE and I-JEPA, and the blocks of CLIP. The
 networks of DINO and DINOv2 come from clones of their repositories; without the flag, these encoders
 are omitted. REPA's file models/dinov1.py is not published; DINO's `get_intermediate_layers` takes
-its place. The networks have their original sizes. The command needs 12 GB of memory.
+its place.
+
+The networks have the original sizes, except that --depth limits the number of blocks. Both programs
+must request the same number of blocks before it is limited. Without --depth, the largest network
+needs 12 GB of memory.
 """
 
 import argparse
@@ -21,7 +25,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,13 +56,14 @@ FILES = {
     "dinov2-vit-b": ("dinov2_vitb.pth", "--dinov2-repository"),
     "dinov2reg-vit-b": ("dinov2reg_vitb.pth", "--dinov2-repository"),
 }
+CLIP_DEPTH = 24  # number of blocks in OpenAI's file
 FIXED = ("pos_embed",)  # parameters that keep their values if the position embedding is not learned
 
 
 class ClipImageNetwork(nn.Module):
     """The attributes of CLIP's image network that REPA's UpdatedVisionTransformer reads."""
 
-    def __init__(self, parts: ModuleType, width: int = 1024, layers: int = 24, side: int = 224):
+    def __init__(self, parts: ModuleType, width: int = 1024, depth: int = 24, side: int = 224):
         super().__init__()
         patch_size = 14
         num_tokens = (side // patch_size) ** 2 + 1
@@ -66,9 +71,31 @@ class ClipImageNetwork(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn(num_tokens, width))
         self.ln_pre = parts.LayerNorm(width)
-        self.transformer = parts.Transformer(width, layers, width // 64)
+        self.transformer = parts.Transformer(width, depth, width // 64)
         self.ln_post = parts.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, 768))
+
+
+class DepthLimit:
+    """Limits the number of blocks of vision transformers, and records the requested number.
+
+    Args:
+        depth: Largest number of blocks.
+    """
+
+    def __init__(self, depth: int):
+        self.depth = depth
+        self.requested: set[int] = set()
+
+    def patch(self, network_class: type[nn.Module]) -> AbstractContextManager:
+        """Return a context in which networks of a class are built with at most `depth` blocks."""
+        original = network_class.__init__
+
+        def build(network: nn.Module, *args: Any, depth: int, **kwargs: Any) -> None:
+            self.requested.add(depth)
+            original(network, *args, depth=min(depth, self.depth), **kwargs)
+
+        return patch.object(network_class, "__init__", build)
 
 
 def randomize(state: dict[str, Tensor], fixed: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -100,11 +127,20 @@ class RepaCode:
 
     Args:
         repository: A clone of REPA's repository.
-        others: Flag -> clone of another repository.
+        others: Flag -> clone of another repository, or None.
     """
 
-    def __init__(self, repository: Path, others: dict[str, Path]):
-        self.others = others
+    def __init__(self, repository: Path, others: dict[str, Path | None]):
+        self.dino: Any = None
+        if others["--dino-repository"]:
+            utils = SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)
+            with patch.dict(sys.modules, utils=utils):
+                self.dino = load_module(others["--dino-repository"] / "vision_transformer.py")
+        self.dinov2: Any = None
+        if others["--dinov2-repository"]:
+            folder = str(others["--dinov2-repository"])
+            with patch.object(sys, "path", [folder, *sys.path]):
+                self.dinov2 = importlib.import_module("dinov2.hub.backbones")
         models = repository / "models"
         self.mocov3 = load_module(models / "mocov3_vit.py")
         self.mae = load_module(models / "mae_vit.py")
@@ -137,7 +173,7 @@ class RepaCode:
     def _load_clip(self, name: str, device: str) -> tuple[SimpleNamespace, None]:
         """Return the image network of a TorchScript archive in float32, as OpenAI's package."""
         archive = torch.jit.load(f"ckpts/{name.replace('/', '-')}.pt", map_location=device)
-        network = ClipImageNetwork(self.clip)
+        network = ClipImageNetwork(self.clip, depth=CLIP_DEPTH)
         network.load_state_dict(
             {
                 key.removeprefix("visual."): value.float()
@@ -147,20 +183,30 @@ class RepaCode:
         )
         return SimpleNamespace(visual=network), None
 
+    def limit_depth(self, limit: DepthLimit) -> ExitStack:
+        """Return a context in which all networks are built with a limited number of blocks."""
+        from timm.models.vision_transformer import VisionTransformer
+
+        classes = [VisionTransformer, self.jepa.VisionTransformer, ClipImageNetwork]
+        if self.dino:
+            classes.append(self.dino.VisionTransformer)
+        if self.dinov2:
+            name = "dinov2.models.vision_transformer"
+            classes.append(importlib.import_module(name).DinoVisionTransformer)
+        stack = ExitStack()
+        for network_class in classes:
+            stack.enter_context(limit.patch(network_class))
+        return stack
+
     def make_dino(self, side: int = RESOLUTION) -> nn.Module:
         """Return the network of DINO, whose output are the patch tokens after the final norm."""
-        utils = SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)
-        with patch.dict(sys.modules, utils=utils):
-            module = load_module(self.others["--dino-repository"] / "vision_transformer.py")
-        network = module.vit_base(img_size=[side])
+        network = self.dino.vit_base(img_size=[side])
         network.forward = lambda x: network.get_intermediate_layers(x)[0][:, 1:]
         return network
 
     def make_dinov2(self, name: str) -> nn.Module:
         """Return a network of DINOv2 with random weights."""
-        folder = str(self.others["--dinov2-repository"])
-        with patch.object(sys, "path", [folder, *sys.path]):
-            return getattr(importlib.import_module("dinov2.hub.backbones"), name)(pretrained=False)
+        return getattr(self.dinov2, name)(pretrained=False)
 
     def make_file(self, name: str) -> Any:
         """Return random weights in the format of the published file of an encoder."""
@@ -173,12 +219,16 @@ class RepaCode:
             if name == "mocov3-vit-l":
                 state = {_misname(key): value for key, value in state.items()}
             branches = {f"module.base_encoder.{key}": value for key, value in state.items()}
-            branches |= {f"module.momentum_encoder.{key}": -value for key, value in state.items()}
+            branches |= {
+                f"module.momentum_encoder.{key}": -branches[f"module.base_encoder.{key}"]
+                for key in state
+                if key.startswith("norm.")
+            }
             branches["module.base_encoder.head.0.weight"] = torch.randn(4096, 768)
             branches["module.predictor.0.weight"] = torch.randn(4096, 256)
             return {"epoch": 300, "arch": f"vit_{size}", "state_dict": branches, "optimizer": {}}
         if name == "clip-vit-L":
-            state = randomize(ClipImageNetwork(self.clip).state_dict())
+            state = randomize(ClipImageNetwork(self.clip, depth=CLIP_DEPTH).state_dict())
             image = {f"visual.{key}": value.half() for key, value in state.items()}
             return make_script(image | {"text_projection": torch.randn(768, 768).half()})
         if name == "mae-vit-l":
@@ -248,14 +298,21 @@ def working_directory(folder: Path) -> Iterator[None]:
         os.chdir(previous)
 
 
-def compare_encoder(code: RepaCode, name: str, images: Tensor) -> dict:
+def compare_encoder(code: RepaCode, name: str, images: Tensor, depth: int) -> dict:
     """Write a file of random weights, and compare the tokens of both programs.
 
+    Args:
+        code: REPA's code.
+        name: REPA's name of the encoder.
+        images: Images, (B, 3, R, R) uint8.
+        depth: Largest number of blocks.
+
     Returns:
-        The number of tokens and their dimension, and the largest difference relative to the largest
-        value.
+        The numbers of blocks, the number of tokens and their dimension, and the largest difference
+        relative to the largest value.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    limit = DepthLimit(depth)
+    with tempfile.TemporaryDirectory() as folder, code.limit_depth(limit):
         path = Path(folder, "ckpts", FILES[name][0])
         path.parent.mkdir()
         content = code.make_file(name)
@@ -267,9 +324,13 @@ def compare_encoder(code: RepaCode, name: str, images: Tensor) -> dict:
         expected = code.encode(name, Path(folder), images)
         tokens_side = int(expected.shape[1] ** 0.5)
         tokens = Encoder(name, RESOLUTION, tokens_side, path)(images)
+    if len(limit.requested) != 1:
+        raise UserError(f"{name} has {limit.requested} blocks in the two programs")
     difference = (tokens - expected).abs().max() / expected.abs().max()
     return {
         "file": REPA_ENCODERS[name].file,
+        "blocks": min(depth, *limit.requested),
+        "original_blocks": min(limit.requested),
         "tokens": list(tokens.shape[1:]),
         "relative_difference": float(difference),
     }
@@ -300,6 +361,12 @@ def parse_args() -> argparse.Namespace:
         help=f"encoders to compare, out of {', '.join(FILES)} (default: those whose networks are "
         "in the clones)",
     )
+    parser.add_argument(
+        "--depth",
+        type=cli.positive_int,
+        default=1000,
+        help="largest number of blocks (default: all blocks)",
+    )
     return parser.parse_args()
 
 
@@ -318,7 +385,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (NUM_IMAGES, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8)
     code = RepaCode(args.repa_repository, clones)
-    encoders = {name: compare_encoder(code, name, images) for name in names}
+    encoders = {name: compare_encoder(code, name, images, args.depth) for name in names}
     machine = describe_machine(torch.device("cpu"))
     result = {"tolerance": TOLERANCE, "encoders": encoders, "machine": machine}
     write_result(result, args.json)

@@ -1,6 +1,5 @@
 """Settings of the image encoders that compute the target of REPA."""
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +10,8 @@ AUTO_WEIGHTS = "auto"  # value of `weights` that downloads the weights of one of
 
 
 def parse_sides(text: str) -> int | str:
-    """Parse one input size, or several separated by commas, which remain a string."""
-    try:
-        sides = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text}: pass a number of pixels, or one per encoder separated by commas"
-        ) from None
-    return sides[0] if len(sides) == 1 else text
+    """Parse an input size. Several sizes, separated by commas, remain a string."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def split_settings(settings: EncoderSettings) -> list[EncoderSettings]:
     if len(names) == 1:
         if isinstance(settings.side, str):
             raise FieldError(
-                "side", f"{settings.side}: pass one size for the encoder {settings.encoder}"
+                "side", f"{settings.side}: pass one number of pixels for {settings.encoder}"
             )
         return [settings]
     if "" in names:
@@ -96,14 +89,15 @@ def split_settings(settings: EncoderSettings) -> list[EncoderSettings]:
         files = [None if path == AUTO_WEIGHTS else Path(path) for path in paths]
     sides: list[int | None] = [None] * len(names)
     if settings.side is not None:
-        sides = [int(side) for side in str(settings.side).split(",")]
-        if len(sides) == 1:
+        parts = [parse_sides(part) for part in str(settings.side).split(",")]
+        sides = [part for part in parts if isinstance(part, int)]
+        if len(parts) == 1:
             sides *= len(names)
         if len(sides) != len(names):
             raise FieldError(
                 "side",
-                f"{settings.side}: pass one size for all encoders, or {len(names)} sizes in the "
-                f"order of {settings.encoder}, not {len(sides)}",
+                f"{settings.side}: pass one number of pixels for all encoders, or {len(names)} "
+                f"numbers separated by commas, in the order of {settings.encoder}",
             )
     sources = settings.source.split(",")
     if len(sources) == 1:

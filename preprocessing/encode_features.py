@@ -47,12 +47,13 @@ def parse_args() -> argparse.Namespace:
     add(
         "--encoder",
         required=True,
-        help="name of a timm model, as for --repa-encoder of train.py",
+        help="name of an encoder, as for --repa-encoder of train.py",
     )
     add(
         "--encoder-weights",
         type=Path,
-        help="file with the weights of the encoder (default: downloaded by timm)",
+        help="file with the weights of the encoder, as for --encoder-weights of train.py (default: "
+        "downloaded by timm)",
     )
     add(
         "--tokens-side",
@@ -106,6 +107,10 @@ def main() -> None:
 
     # Check the flags, and load the encoder.
     args = parse_args()
+    if "," in args.encoder:
+        raise UserError(
+            f"--encoder {args.encoder}: pass one encoder, and run this command once per encoder"
+        )
     manifest = read_manifest(args.cache)
     tokens_side = resolve_tokens_side(args.cache, manifest, args.tokens_side)
     world = World()

@@ -291,8 +291,13 @@ def test_settings_of_several_encoders_are_split():
         ({"encoder": "dinov2-b,dinov2-vit-b"}, "encoder", "dinov2-vit-b is repeated"),
         ({"encoder": "test_vit,,test_vit2"}, "encoder", "separated by single commas"),
         ({"weights": Path("a.pth")}, "weights", "a.pth: pass 2 files .* of test_vit,test_vit2, no"),
-        ({"side": "64,96,128"}, "side", "64,96,128: pass one size for all encoders, or 2 sizes"),
-        ({"encoder": "test_vit", "side": "64,96"}, "side", "64,96: pass one size for the encoder"),
+        ({"side": "64,96,128"}, "side", "64,96,128: pass one number of pixels for all .* or 2 num"),
+        ({"side": "64,x"}, "side", "64,x: pass one number of pixels for all encoders, or 2 num"),
+        (
+            {"encoder": "test_vit", "side": "64,96"},
+            "side",
+            "64,96: pass one number of pixels for t",
+        ),
     ],
 )
 def test_contradictory_settings_of_several_encoders_are_rejected(settings, field, message):

@@ -186,6 +186,7 @@ def test_invalid_input_gives_an_error_without_traceback(call, encoder, data, cac
         ((cache, "--encoder", "e"), "was created without --keep-images"),
         ((tmp_path / "flipped", "--encoder", "e"), "features of flipped images is not supported"),
         ((data, "--encoder", "unknown"), "unknown is no network"),
+        ((data, "--encoder", "a,b"), "pass one encoder, and run this command once per encoder"),
         ((data, "--encoder", "e", "--tokens-side", 0), "--tokens-side: 0 is not a"),
         ((data, "--encoder", "e", "--tokens-side", 33), "--tokens-side 33 is larger than"),
         ((data, "--encoder", "overflow"), "overflow produces features of"),

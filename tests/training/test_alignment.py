@@ -241,7 +241,8 @@ def test_several_encoders_mix_stored_features_and_images(call, with_images, tmp_
     config = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
     assert config["align"] == [entry]
     assert read_metrics(tmp_path / "run")[-1]["align/repa"] > 0
-    code, out = call(train, *flags, "--max-train-steps", 3, "--repa-encoder", "test_vit2,test_vit")
+    flags = train_flags(data, tmp_path, "run", *repa_flags(with_images, "--max-train-steps", 3))
+    code, out = call(train, *flags)
     assert code == 2 and "encoder was" in out, out
 
 
