@@ -18,6 +18,7 @@ from models.autoencoder import LatentScale
 from models.encoder import Encoder, canonical_name, describe_encoder, encoder_cost
 from models.errors import FieldError
 from models.flops import backbone_flops
+from models.projector import latent_tokens
 from models.sit import SiT, SiTConfig, default_align_block
 
 
@@ -192,21 +193,6 @@ class Target(ABC):
         Returns:
             Target tokens, (B, N, token_dim). If there are several targets, a dict of their tokens.
         """
-
-
-def latent_tokens(latents: Tensor, patch: int) -> Tensor:
-    """Split latents into patches, in the order of the output layer of SiT.
-
-    Args:
-        latents: (B, C, H, W).
-        patch: Patch size p.
-
-    Returns:
-        (B, N, p * p * C).
-    """
-    b, c, h, w = latents.shape
-    grid = latents.reshape(b, c, h // patch, patch, w // patch, patch)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
 
 
 @dataclass(frozen=True)

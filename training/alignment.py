@@ -15,10 +15,11 @@ from common.config import to_plain
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
 from loss import alignment_loss, cosine_distance
+from models.aligned_sit import AlignedOutput, AlignedSiT
 from models.autoencoder import LatentScale
 from models.errors import FieldError
 from models.flops import backbone_flops, head_flops
-from models.projector import AlignedOutput, AlignedSiT, make_head
+from models.projector import make_head
 from models.sit import SiT, SiTConfig
 from models.targets import TARGETS, CacheInfo, RunContext, Target, TrainingInputs
 from training.alignment_config import AlignmentConfig, method_flags
