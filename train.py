@@ -24,7 +24,7 @@ from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, interpolate, regression_target
 from latents.manifest import Manifest
 from loss import denoising_loss
-from models.projector import AlignedOutput
+from models.aligned_sit import AlignedOutput
 from models.target import TrainingInputs
 from training.accelerator import create_accelerator
 from training.alignment import Alignment, AlignmentTerms, required_cache_inputs

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.run_steps import Plan
 from benchmarks.scaling_hardware import Layout
-from models.projector import AlignedSiT
+from models.aligned_sit import AlignedSiT
 from models.sit import SiT
 from models.targets import TARGETS
 from training.alignment import build_aligned_network

@@ -17,7 +17,7 @@ from benchmarks.variants import make_random_batch, select_variant, split_variant
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch
 from interpolant import INTERPOLANTS, interpolate
-from models.projector import AlignedSiT
+from models.aligned_sit import AlignedSiT
 from models.targets import latent_tokens
 from train import Step
 from training.alignment import required_cache_inputs

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.torch_version import TorchVersion
 
 from common.files import write_file
 
@@ -111,10 +110,9 @@ class CompileCache:
 def choose_folder(output_folder: Path, is_compiled: bool) -> Path | None:
     """Return the folder for files of `CompileCache`, or None if there should be none.
 
-    There are no files if the user has set TORCHINDUCTOR_CACHE_DIR, or if the version of PyTorch
-    cannot export its graphs.
+    There are no files if the user has set TORCHINDUCTOR_CACHE_DIR.
     """
-    if not is_compiled or torch.__version__ < TorchVersion("2.8"):
+    if not is_compiled:
         return None
     local_folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     # PyTorch itself sets the variable to its default, which child processes inherit.

@@ -13,23 +13,9 @@ from torch import Tensor
 from models.encoder_target import EncoderTokens
 from models.errors import FieldError
 from models.flops import backbone_flops
+from models.projector import latent_tokens
 from models.sit import SiT, SiTConfig, default_align_block
 from models.target import CacheInfo, Cost, Defaults, Plan, Target, TrainingInputs
-
-
-def latent_tokens(latents: Tensor, patch: int) -> Tensor:
-    """Split latents into patches, in the order of the output layer of SiT.
-
-    Args:
-        latents: (B, C, H, W).
-        patch: Patch size p.
-
-    Returns:
-        (B, N, p * p * C).
-    """
-    b, c, h, w = latents.shape
-    grid = latents.reshape(b, c, h // patch, patch, w // patch, patch)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ LIBRARY = set(ALLOWED) - {"assets"}
 ALLOWED["training"] = LIBRARY
 ALLOWED["train"] = LIBRARY | {"training"}
 ALLOWED["sample_ddp"] = LIBRARY
+ALLOWED["examples"] = {"interpolant", "loss", "models.projector"}
 ALLOWED["benchmarks"] = ALLOWED["experiments"] = {*ALLOWED, "benchmarks", "experiments"}
 
 TENSOR_CODE = {"models", "loss", "interpolant", "samplers", "dataset", "latents"}

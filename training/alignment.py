@@ -16,10 +16,11 @@ from common.config import to_plain
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
 from loss import alignment_loss, cosine_distance, standardize_tokens
+from models.aligned_sit import AlignedOutput, AlignedSiT
 from models.autoencoder import LatentScale
 from models.errors import FieldError
 from models.flops import backbone_flops, head_flops
-from models.projector import HEADS, AlignedOutput, AlignedSiT, make_head
+from models.projector import HEADS, make_head
 from models.sit import SiT, SiTConfig
 from models.target import CacheInfo, FrozenNetwork, RunContext, Target, TrainingInputs
 from models.targets import TARGETS

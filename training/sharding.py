@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from common.cli import UserError
 from common.watchdog import waiting_for_processes
-from models.projector import AlignedSiT
+from models.aligned_sit import AlignedSiT
 from models.sit import SiT
 from training.coordination import gather_objects
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpointing.storage import convert_errors, ema_filename, read_config
 from checkpointing.tensor_file import StoredTensors, find_parts
-from models.projector import AlignedSiT
+from models.aligned_sit import AlignedSiT
 from models.sit import SiT, SiTConfig
 from training.alignment import build_aligned_network
 from training.config import DeviceConfig, OptimizerConfig

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.aligned_sit import AlignedSiT
 from models.autoencoder import LatentScale
 from models.flops import backbone_flops, head_flops
-from models.projector import AlignedSiT, make_head
+from models.projector import make_head
 from models.sit import PRESETS, SiT, SiTConfig
 from models.target import CacheInfo
 from training.throughput import mean_training_flops, measure_matmul_rate, training_flops

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.aligned_sit import AlignedSiT
 from models.errors import FieldError
-from models.projector import AlignedSiT, ConvHead, Projector, make_head
+from models.projector import ConvHead, Projector, make_head
 from models.sit import PRESETS, SiT, SiTConfig, default_align_block, sincos_position_embedding
 from models.targets import latent_tokens
 
