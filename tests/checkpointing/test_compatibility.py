@@ -117,7 +117,7 @@ def test_resumed_v1_runs_train_the_same_weights(call, tmp_path, monkeypatch):
     # Version 1 stored null for these defaults, and "none" or nothing for the new flags.
     resolved = {"align_target": "mean", "align_normalize": "none", "sra_t_max": 0.2}
     new_flags = {"report_to", "wandb_project", "profile", "recomputed_blocks", "shard"}
-    new_flags |= {"local_cache", "collective_timeout"}
+    new_flags |= {"local_cache", "collective_timeout", "qk_norm", "resume_step", "logging_dir"}
     assert differing <= resolved.keys() | new_flags
     assert flags.items() >= resolved.items()
 

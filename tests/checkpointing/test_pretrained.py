@@ -246,8 +246,8 @@ def drop_key(content: dict, key: str) -> dict:
         ),
         (
             lambda state: {**state, "blocks.0.attn.q_norm.weight": torch.ones(32)},
-            {},
-            "was trained with --qk-norm",
+            {"model": "SiT-Ti/2"},
+            "cannot be loaded .*q_norm",
         ),
         (lambda state: {"note": "x"}, {}, "does not contain a state dict"),
         (lambda state: [1, 2], {}, "does not contain a state dict"),
@@ -448,11 +448,11 @@ def test_prediction_affects_samples_their_record_and_the_export(run, call, tmp_p
     [
         (
             "",
-            {"model": "SiT-Ti/2"},
-            "--model is for official .pt files, but .* records that it is SiT-Ti/2",
+            {"model": "SiT-S/2"},
+            "--model SiT-S/2 is for official .pt files, but .* records that it is SiT-Ti/2",
         ),
-        ("", {"origin": "sit"}, "--origin is for official .pt files"),
-        ("", {"path_type": "cosine"}, "--path-type is for official .pt files"),
+        ("", {"origin": "sit"}, "--origin sit is for official .pt files"),
+        ("", {"path_type": "cosine"}, "--path-type cosine is for official .pt files"),
         ("", {"ema_decay": 0.7}, "has no EMA of --ema-decay 0.7; choose one of 0.9 0.5"),
         (
             "checkpoints/0000002/ema-0.5.safetensors",
