@@ -92,9 +92,11 @@ def make_inputs():
 
 
 @pytest.mark.parametrize("kind", ["sit", "sit, bare", "repa", "sra"])
-def test_official_networks_compute_the_same_function_after_conversion(write_pt_file, kind):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_official_networks_compute_the_same_function_after_conversion(write_pt_file, kind, qk_norm):
     origin = kind.split(",")[0]
-    official = add_learned_sigma(make_sit()) if origin == "sit" else make_sit()
+    network = make_sit(qk_norm=qk_norm)
+    official = add_learned_sigma(network) if origin == "sit" else network
     x, t, y = make_inputs()
     loaded = load(write_pt_file(make_official_content(kind, official)), model="SiT-Ti/2")
     converted = loaded.model
@@ -104,6 +106,7 @@ def test_official_networks_compute_the_same_function_after_conversion(write_pt_f
         assert (converted(x, t, y) + official(x, t, y)).abs().max() > 0.1
     else:
         assert torch.equal(converted(x, t, y), official(x, t, y))
+    assert converted.config.qk_norm == qk_norm
     assert (loaded.path_type, loaded.name) == ("linear", "0000040")
     assert loaded.class_names == list("01234")
     assert loaded.identity["origin"] == origin
