@@ -36,8 +36,8 @@ THEIR_FLAGS = {
         num-workers loss-type cfg-prob path-type prediction weighting block-out-s block-out-t
         t-max""",
     "generate.py of SRA": """global-seed tf32 ckpt sample-dir model num-classes resolution
-        fused-attn qk-norm vae per-proc-batch-size num-fid-samples mode cfg-scale path-type num-steps heun
-        guidance-low guidance-high world_size local-rank dist_url""",
+        fused-attn qk-norm vae per-proc-batch-size num-fid-samples mode cfg-scale path-type
+        num-steps heun guidance-low guidance-high world_size local-rank dist_url""",
     "train.py of SiT": """data-path results-dir model image-size num-classes epochs
         global-batch-size global-seed vae num-workers log-every ckpt-every sample-every cfg-scale
         wandb ckpt path-type prediction loss-weight sample-eps train-eps""",
