@@ -43,6 +43,7 @@ from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.labels import describe_empty_classes
 from models.sit import PRESETS, SiT, SiTBlock
+from sampling.foreign_flags import FOREIGN_FLAGS
 from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights, format_ranges
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
@@ -74,7 +75,20 @@ class CheckpointConfig:
         help="interpolant that a .pt file was trained on, if it cannot be inferred",
     )
     vae: str | None = setting(
-        None, help="hub id or folder of the VAE (default: the VAE that encoded the training data)"
+        None,
+        help="hub id or folder of the VAE; ema and mse are those of REPA's generate.py (default: "
+        "the VAE that encoded the training data)",
+    )
+    resolution: int | None = setting(
+        None, type=cli.positive_int, help="image size in pixels that the checkpoint must have"
+    )
+    num_classes: int | None = setting(
+        None, type=cli.positive_int, help="number of classes that the checkpoint must have"
+    )
+    qk_norm: bool | None = setting(
+        None,
+        action=argparse.BooleanOptionalAction,
+        help="whether the checkpoint must have QK normalization",
     )
 
 
@@ -88,6 +102,7 @@ class PrecisionConfig:
     allow_tf32: bool = setting(
         True,
         action=argparse.BooleanOptionalAction,
+        flags=("--allow-tf32", "--tf32"),
         help="TF32 for float32 matrix products and convolutions on GPUs, as in REPA's generate.py",
     )
     compile: bool = setting(False, help="compile the blocks of the network")
@@ -138,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     groups = SamplingConfig.__annotations__
     for title, group in groups.items():
         add_flags(parser.add_argument_group(title), group)
-    args = parser.parse_args(argv)
+    args = FOREIGN_FLAGS.parse(parser, argv)
     config = SamplingConfig(*(read_flags(group, args) for group in groups.values()))
 
     with convert_field_errors(SamplerConfig):
@@ -172,6 +187,7 @@ def main() -> None:
 
     # Load the network and the VAE, and collect the settings that determine the images.
     source, vae = load_networks(config.checkpoint, device, world)
+    check_network(config.checkpoint, source, vae)
     model = prepare_model(source.model, config.precision, device)
     recipe = make_recipe(config, source)
     record = build_record(config, source, vae, recipe, device)
@@ -269,6 +285,26 @@ def load_networks(
         raise UserError(f"--ckpt {config.ckpt}: {error}") from None
     with convert_field_errors(CheckpointConfig):
         return source, Autoencoder(config.vae or source.vae, device)
+
+
+def check_network(config: CheckpointConfig, source: PretrainedModel, vae: Autoencoder) -> None:
+    """Raise UserError if the network is not the one that the flags describe."""
+    network = source.model.config
+    resolution = network.latent_size * vae.downsampling_factor
+    if config.resolution not in (None, resolution):
+        raise UserError(
+            f"--resolution {config.resolution}: {config.ckpt} generates images of "
+            f"{resolution}x{resolution} pixels; remove the flag"
+        )
+    if config.num_classes not in (None, network.num_classes):
+        raise UserError(
+            f"--num-classes {config.num_classes}: {config.ckpt} has {network.num_classes} classes; "
+            "remove the flag"
+        )
+    if config.qk_norm not in (None, network.qk_norm):
+        flag = "--qk-norm" if config.qk_norm else "--no-qk-norm"
+        state = "QK normalization" if network.qk_norm else "no QK normalization"
+        raise UserError(f"{flag}: {config.ckpt} has {state}; remove the flag")
 
 
 def prepare_model(model: SiT, config: PrecisionConfig, device: torch.device) -> SiT:

@@ -54,6 +54,7 @@ def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> Pr
     torch.manual_seed(0)
     config = SiTConfig(
         **PRESETS[model_name],
+        qk_norm=False,
         latent_size=resolution // vae.downsampling_factor,
         channels=vae.channels,
     )

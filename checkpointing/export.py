@@ -64,14 +64,15 @@ def check_destination(folder: Path) -> None:
 def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes], float | None]:
     """Convert a network to the format of diffusers, and compare the outputs.
 
-    Only networks that predict velocities are converted, because the scheduler requires velocities.
+    Networks with QK normalization are not converted, because diffusers' DiT has none. Networks that
+    do not predict velocities are not converted, because the scheduler requires velocities.
 
     Returns:
         The contents of the files, keyed by path in DIR, and the largest difference of the outputs,
         relative to the largest velocity. If the network was not converted, there are no files and
         the difference is None. If the outputs differ, there are no files.
     """
-    if prediction != "v":
+    if prediction != "v" or model.config.qk_norm:
         return {}, None
     # Importing diffusers takes seconds.
     from checkpointing.diffusers_dit import (
@@ -144,7 +145,12 @@ def main() -> None:
         f"{args.to}: {identity['model']} after {identity['step']:,} steps; sample with "
         f"sample_ddp.py --ckpt {args.to}"
     )
-    if difference is None:
+    if source.model.config.qk_norm:
+        print(
+            "no diffusers version: DiTTransformer2DModel has no QK normalization (--qk-norm), with "
+            "which this network was trained"
+        )
+    elif difference is None:
         print(
             "no diffusers version: its scheduler needs velocities, but this network predicts "
             f"{source.prediction}"

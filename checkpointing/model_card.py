@@ -81,8 +81,8 @@ def format_card(
         vae_origin = f"copy the folder `{Path(source.vae).name}` from the training machine"
     library = ""
     diffusers_section = (
-        "There is no version for diffusers, because the network does not predict velocities or "
-        "because its outputs would differ in diffusers."
+        "There is no version for diffusers, because the network does not predict velocities, has "
+        "QK normalization, or would have other outputs in diffusers."
     )
     if difference is not None:
         library = "library_name: diffusers\n"
@@ -123,8 +123,11 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
     vae = f"`{source.vae}` (fingerprint `{data['vae_fingerprint'][:16]}`)"
     channels, height, width = data["latent_shape"]
+    architecture = identity["model"]
+    if source.model.config.qk_norm:
+        architecture += " with QK normalization"
     rows = {
-        "Network": f"{identity['model']}, {num_parameters / 1e6:.1f}M parameters, predicts "
+        "Network": f"{architecture}, {num_parameters / 1e6:.1f}M parameters, predicts "
         f"{PREDICTION_NAMES[source.prediction]} on the {source.path_type} path",
         "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} "
         f"pixels, {len(source.class_names)} classes",

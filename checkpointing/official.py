@@ -13,6 +13,7 @@ differ as follows:
   `decoder_blocks`.
 - REPA and SRA also store alignment heads (`projectors`, `ap_head`).
 - The output layer of SiT is twice as wide, because it also predicts a sigma that is not trained.
+- With --qk-norm, attention normalizes queries and keys (`q_norm`, `k_norm`).
 - In SiT, t = 0 is noise and t = 1 is data; REPA, SRA and this repository use the reverse.
 
 In all three repositories, the null class is the last row of the label embedding table, unless the
@@ -64,6 +65,7 @@ _OUTPUT_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 _TIME_KEY = "t_embedder.mlp.0.weight"
 _LABEL_KEY = "y_embedder.embedding_table.weight"
 _PATCH_KEY = "x_embedder.proj.weight"
+_QK_NORM_KEY = "blocks.0.attn.q_norm.weight"
 
 
 class OfficialFile(NamedTuple):
@@ -233,8 +235,6 @@ def infer_config(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[st
             raise ValueError(
                 f"does not contain a SiT: {key} is missing; it contains {_list_keys(state)}"
             )
-    if any(".q_norm." in key for key in state):
-        raise ValueError("was trained with --qk-norm, which this repository does not support")
     width, channels, patch, _ = state[_PATCH_KEY].shape
     num_rows = len(state[_LABEL_KEY])
     has_null_row = num_rows != settings.get("num_classes", IMAGENET_CLASSES)
@@ -246,6 +246,7 @@ def infer_config(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[st
                 latent_size=round(state["pos_embed"].shape[1] ** 0.5) * patch,
                 channels=channels,
                 num_classes=num_rows - 1 if has_null_row else num_rows,
+                qk_norm=_QK_NORM_KEY in state,
             )
             return name, config
     raise ValueError(

@@ -79,7 +79,7 @@ def load(
         path: The run, checkpoint, export or file.
         ema_decay: Decay of the EMA to load from a run of this repository. The default is the first
             decay of the run.
-        model: Preset of an official file, required because the file does not record it.
+        model: Preset of the network. An official file does not record it, so it is required then.
         origin: Repository that an official file comes from, required if the file is ambiguous.
         path_type: Interpolant of an official file that does not record it.
 
@@ -99,15 +99,20 @@ def load(
             )
         return _load_official(path, model, origin, path_type)
     folder, config = read_native_config(path)
-    for flag, value, recorded_fact in (
-        ("--model", model, f"it is {config['model_name']}"),
-        ("--origin", origin, "it comes from this repository"),
-        ("--path-type", path_type, f"it was trained on the {config['path_type']} path"),
+    for flag, value, recorded, recorded_fact in (
+        ("--model", model, config["model_name"], f"it is {config['model_name']}"),
+        ("--origin", origin, None, "it comes from this repository"),
+        (
+            "--path-type",
+            path_type,
+            config["path_type"],
+            f"it was trained on the {config['path_type']} path",
+        ),
     ):
-        if value is not None:
+        if value not in (None, recorded):
             raise UserError(
-                f"{flag} is for official .pt files, but {path} records that {recorded_fact}; "
-                "remove the flag"
+                f"{flag} {value} is for official .pt files, but {path} records that "
+                f"{recorded_fact}; remove the flag"
             )
 
     # Load the EMA, and compare its sha256 with the recorded one, and its settings with config.json.

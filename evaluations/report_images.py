@@ -67,7 +67,7 @@ def embed_file(path: Path, caption: str, max_width: int) -> Figure:
 
 
 def load_previews(run: Run) -> list[Figure]:
-    """Load at most MAX_PREVIEWS evenly spaced previews of a run's first EMA."""
+    """Load at most MAX_PREVIEWS evenly spaced previews of a run's first EMA, and real images."""
     files = (run.folder / "samples").glob("*.png")
     paths = sorted(
         (path for path in files if path.stem.isdecimal()), key=lambda path: int(path.stem)
@@ -80,6 +80,9 @@ def load_previews(run: Run) -> list[Figure]:
         if batch_size:
             caption += f" · {step * batch_size:,} images"
         figures.append(embed_file(paths[index], caption, PREVIEW_WIDTH))
+    real_images = run.folder / "samples" / "real.png"
+    if real_images.exists():
+        figures.append(embed_file(real_images, "training images", PREVIEW_WIDTH))
     return figures
 
 

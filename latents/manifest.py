@@ -187,7 +187,8 @@ def _explain_missing_manifest(root: Path) -> str:
     if (root / "vae-sd").exists():
         return (
             f"{root} is in REPA's format; convert it with "
-            f"python -m preprocessing.import_repa {root} FOLDER"
+            f"python -m preprocessing.import_repa {root} FOLDER (for --align repa, add "
+            "--keep-images)"
         )
     return (
         f"{root} is not a latent cache (no manifest.json); create one from images with "

@@ -19,6 +19,8 @@ from models.errors import FieldError
 from models.weights import weights_fingerprint
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+# Names that SiT, REPA and SRA use for their flag --vae.
+VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": DEFAULT_VAE}
 # Files of float32 weights that diffusers reads from a folder.
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_FILES = (
@@ -153,7 +155,7 @@ class Autoencoder:
     """A frozen diffusers AutoencoderKL in eval mode.
 
     Args:
-        name: Hub id or folder.
+        name: Hub id, folder or key of VAE_ALIASES.
         device: Device of the weights.
 
     Raises:
@@ -164,6 +166,8 @@ class Autoencoder:
         # Importing diffusers takes seconds, and training without previews does not need it.
         from diffusers import AutoencoderKL
 
+        if not Path(name).exists():
+            name = VAE_ALIASES.get(name, name)
         remedy = "download its files again"
         if is_hub_id(name):
             remedy = (

@@ -8,7 +8,7 @@ D width, K classes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from timm.layers import GELUTanh
@@ -30,11 +30,22 @@ class SiTConfig:
     latent_size: int = 32
     channels: int = 4
     num_classes: int = 1000
+    qk_norm: bool = False  # whether attention normalizes queries and keys
 
     @property
     def grid_size(self) -> int:
         """Number of tokens along each side of the latent."""
         return self.latent_size // self.patch
+
+    def to_json(self) -> dict:
+        """Return the fields for config.json, without those that older versions do not know.
+
+        `qk_norm` is left out if it is False, so that older versions can read such networks.
+        """
+        fields = asdict(self)
+        if not self.qk_norm:
+            del fields["qk_norm"]
+        return fields
 
 
 # Depth, width and heads. S, B, L and XL are those of DiT (arXiv:2212.09748, Table 1). 1B and 3B
@@ -135,12 +146,18 @@ class LabelEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning."""
+    """Transformer block with adaLN-Zero conditioning.
 
-    def __init__(self, width: int, heads: int):
+    With `qk_norm`, attention applies a LayerNorm with weights to the queries and keys of each head.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads=heads, qkv_bias=True)
+        # The LayerNorm of SiT and REPA, which was timm's default, has an epsilon of 1e-5.
+        self.attn = Attention(
+            width, num_heads=heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm
+        )
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -197,7 +214,7 @@ class SiT(nn.Module):
         position = sincos_position_embedding(config.width, config.grid_size)
         self.pos_embed = nn.Parameter(position[None], requires_grad=False)
         self.blocks = nn.ModuleList(
-            SiTBlock(config.width, config.heads) for _ in range(config.depth)
+            SiTBlock(config.width, config.heads, config.qk_norm) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
         self.initialize()

@@ -137,7 +137,7 @@ class CacheJob(ABC):
             "class_names": self.source.class_names,
             "resolution": resolution,
             "crop": crop,
-            "vae": make_absolute_if_exists(self.settings.vae),
+            "vae": make_absolute_if_exists(self.vae.name),
             "vae_fingerprint": fingerprint,
             "scale": self.vae.scale.scale,
             "shift": self.vae.scale.shift,

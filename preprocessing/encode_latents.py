@@ -17,6 +17,7 @@ from common.config import add_flags, read_flags
 from common.processes import World
 from preprocessing.build import build_and_report
 from preprocessing.encoding import EncodingJob, EncodingSettings
+from preprocessing.foreign_flags import FOREIGN_FLAGS
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         default=-1,
         help="decoding workers per process; -1: one worker per core, up to 16",
     )
-    return parser.parse_args()
+    return FOREIGN_FLAGS.parse(parser)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Define the settings of the sampler, and sample latents with these settings."""
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +41,9 @@ class SamplerConfig:
         help="sde: reverse SDE with Euler-Maruyama steps; ode: probability-flow ODE with Euler "
         "steps",
     )
-    heun: bool = setting(False, help="solve the ODE with Heun's method")
+    heun: bool = setting(
+        False, action=argparse.BooleanOptionalAction, help="solve the ODE with Heun's method"
+    )
     dopri5: bool = setting(
         False,
         help="solve the ODE with Dormand-Prince steps, whose size and number adapt to each image; "

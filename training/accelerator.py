@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration
 
 from common.processes import connecting_processes, read_process_environment
 from training.config import Settings
@@ -28,7 +29,9 @@ def create_accelerator(settings: Settings) -> Accelerator:
             cpu=not torch.cuda.is_available(),
             mixed_precision=precision,
             log_with=resolve_trackers(settings.log.report_to) or None,
-            project_dir=settings.run.folder,
+            project_config=ProjectConfiguration(
+                project_dir=str(settings.run.folder), logging_dir=str(settings.tracker_folder)
+            ),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True, broadcast_buffers=False

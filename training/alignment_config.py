@@ -288,7 +288,8 @@ def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:
         raise UserError(f"{selection} repeats a method: pass each method once")
     for method, field in _method_fields():
         if method not in methods and getattr(args, _destination(method, field.name)) is not None:
-            flag = method_flags(method, field.name)[0]
+            main_flag, *aliases = method_flags(method, field.name)
+            flag = f"{main_flag} ({', '.join(aliases)})" if aliases else main_flag
             raise UserError(f"{flag} needs --align {method}, but {selection} was passed")
     for field in _SHARED_FIELDS:
         if not methods and getattr(args, get_destination(field)) is not None:

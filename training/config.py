@@ -1,5 +1,6 @@
 """Settings of train.py as frozen dataclasses, its command line, and checks of the settings."""
 
+import argparse
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ from training.alignment_config import (
     add_alignment_flags,
     resolve_alignments,
 )
+from training.foreign_flags import FOREIGN_FLAGS
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
@@ -34,12 +36,21 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class RunConfig:
     """Name, location and seed of a run."""
 
-    exp_name: str = setting(help="name of the run; its files are in OUTPUT_DIR/EXP_NAME")
+    exp_name: str = setting(
+        help="name of the run; its files are in OUTPUT_DIR/EXP_NAME", may_change=True
+    )
     output_dir: Path = setting(
         Path("exps"), help="folder that holds the run folders", may_change=True
     )
     seed: int = setting(
         0, help="seed of the initial weights and of all training randomness", type=cli.seed
+    )
+    resume_step: int = setting(
+        0,
+        help="step that the newest checkpoint must have; it is resumed with or without this flag "
+        "(0: any step)",
+        type=cli.non_negative_int,
+        may_change=True,
     )
 
     @property
@@ -94,6 +105,11 @@ class ModelConfig:
         help="network: SiT-Ti/2, or SiT-{S,B,L,XL} with patch size /1, /2, /4 or /8",
         choices=PRESETS,
         metavar="NAME",
+    )
+    qk_norm: bool = setting(
+        False,
+        action=argparse.BooleanOptionalAction,
+        help="normalize the queries and keys of attention with a LayerNorm per block",
     )
 
 
@@ -248,6 +264,12 @@ class LogConfig:
         metavar="NAME",
     )
     wandb_project: str = setting("sra2", help="project name in the trackers")
+    logging_dir: Path | None = setting(
+        None,
+        help="folder of the trackers' files, relative to OUTPUT_DIR; those of this run are in its "
+        "subfolder EXP_NAME (default: the run folder)",
+        metavar="DIR",
+    )
     profile: int = setting(
         0,
         help="number of steps to profile, after twelve others; a trace and a table of the "
@@ -383,6 +405,13 @@ class Settings(NamedTuple):
     evaluation: PeriodicEvaluationConfig
     print_config: bool
 
+    @property
+    def tracker_folder(self) -> Path:
+        """The folder of the trackers' files of this run."""
+        if self.log.logging_dir is None:
+            return self.run.folder
+        return self.run.output_dir / self.log.logging_dir / self.run.exp_name
+
 
 _GROUPS: dict[str, tuple[type, ...]] = {
     "run": (RunConfig,),
@@ -417,7 +446,7 @@ def parse_settings(
         action="store_true",
         help="print the flags with the values that the run would use, and exit; requires the cache",
     )
-    args = parser.parse_args(argv)
+    args = FOREIGN_FLAGS.parse(parser, argv)
     configs: dict[str, Any] = {
         name: read_flags(kind, args)
         for name, kind in get_type_hints(Settings).items()
@@ -511,6 +540,7 @@ def build_network_config(model: ModelConfig, manifest: Manifest) -> SiTConfig:
         latent_size=size,
         channels=channels,
         num_classes=manifest.num_classes,
+        qk_norm=model.qk_norm,
     )
 
 

@@ -31,6 +31,8 @@ def describe_networks(networks: Networks) -> str:
         f"{num_parameters / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
         f"({flops / 2e9:.4g} GMAC) forward"
     )
+    if model.backbone.config.qk_norm:
+        backbone += ", QK normalization"
     method_lines = [
         describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
     ]

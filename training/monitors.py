@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from PIL import Image
 
 from checkpointing.storage import format_error
 from common.cli import UserError
 from common.image_grid import save_png
+from latents.cache import LatentCache
 from models.sit import SiT
 from training.evaluation import Evaluator
 from training.joint_work import JointWorkError, Stopped, exchange_status, fail_jointly
 from training.log import RunLog, is_due
-from training.preview import Gather, Preview, preview_path
+from training.preview import Gather, Preview, preview_path, real_images_path
 from training.sharding import allocate
 from training.state import TrainState
 
@@ -78,6 +80,8 @@ class Monitors:
         complete_evaluations: Step and EMA decay of evaluations that were complete when the run
             stopped.
         complete_previews: Files of previews that were complete when the run stopped.
+        real_cache: Latent cache whose images are drawn once, next to the first preview; None if the
+            run has drawn them.
         failures: Number of consecutive failures of each kind of work.
     """
 
@@ -90,6 +94,7 @@ class Monitors:
     eval_every: int
     complete_evaluations: Collection[tuple[int, float]] = ()
     complete_previews: Collection[Path] = ()
+    real_cache: LatentCache | None = None
     failures: dict[str, FailureCount] = field(
         default_factory=lambda: {kind: FailureCount() for kind in DISABLING_FLAGS}
     )
@@ -108,6 +113,8 @@ class Monitors:
         step = state.step
         preview = self.preview if is_due(step, self.preview_every, self.last_step) else None
         evaluator = self.evaluator if is_due(step, self.eval_every, self.last_step) else None
+        if preview and self.real_cache is not None:
+            self._draw_real_images(preview, self.real_cache, gather, step)
         suffixes = ema_suffixes(self.ema_decays)
         for decay, suffix, ema in zip(self.ema_decays, suffixes, state.emas):
             path = preview_path(self.log.folder, step, suffix)
@@ -171,7 +178,26 @@ class Monitors:
         title: str,
     ) -> bool:
         """Draw a preview. Return True on the first process if the file was saved."""
-        image = preview.draw(load_network(), gather, title)
+        return self._save(preview.draw(load_network(), gather, title), path)
+
+    def _draw_real_images(
+        self, preview: Preview, cache: LatentCache, gather: Gather, step: int
+    ) -> None:
+        """Draw training images next to a preview. If this fails, the next preview repeats it."""
+        path = real_images_path(self.log.folder)
+
+        def draw() -> bool:
+            return self._save(preview.draw_real(cache, gather), path)
+
+        is_saved = self._attempt("preview", step, draw)
+        if is_saved is None:  # on all processes
+            return
+        self.real_cache = None
+        if is_saved:
+            self.log.record_image("samples-real", path, step)
+
+    def _save(self, image: Image.Image | None, path: Path) -> bool:
+        """Save an image on the process that has it. Return True if the file was saved."""
         if image is None:
             return False
         try:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from common.cli import UserError
 from common.evenly_spaced import make_evenly_spaced_indices
 from common.image_grid import draw_labelled_grid
+from latents.cache import LatentCache
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
@@ -38,6 +40,9 @@ class Preview:
         dtype: Dtype of the network's matrix products.
         rank: Rank of this process.
         num_processes: Number of processes, which share the images.
+
+    Attributes:
+        classes: The class of each row, (rows,) int64.
     """
 
     num_rows = 10
@@ -62,8 +67,9 @@ class Preview:
         self.rank = rank
         self.num_processes = num_processes
         trained_classes = torch.tensor(trained_labels.list_classes(len(class_names)))
-        classes = trained_classes[make_evenly_spaced_indices(len(trained_classes), self.num_rows)]
-        self.row_names = [class_names[k] for k in classes]
+        rows = make_evenly_spaced_indices(len(trained_classes), self.num_rows)
+        self.classes = trained_classes[rows]
+        self.row_names = [class_names[k] for k in self.classes]
         self.recipe = Recipe(
             mode="ode",
             num_steps=self.num_steps,
@@ -71,7 +77,7 @@ class Preview:
             seed=seed,
             path_type=objective.path_type,
             prediction=objective.prediction,
-            explicit_labels=classes.repeat_interleave(self.num_columns),
+            explicit_labels=self.classes.repeat_interleave(self.num_columns),
         )
 
     def draw(self, ema: SiT, gather: Gather, title: str) -> Image.Image | None:
@@ -95,37 +101,88 @@ class Preview:
         """
         self._draw(ema, gather, replace(self.recipe, num_steps=1), "trial")
 
+    def draw_real(self, cache: LatentCache, gather: Gather) -> Image.Image | None:
+        """Return a grid of training images on the first process, else None.
+
+        The images are decoded from the means of cached latents. The rows show the same classes as
+        those of `draw`, with the first images of each class. All processes must call this.
+
+        Args:
+            cache: The latent cache.
+            gather: The same as for `draw`.
+
+        Raises:
+            JointWorkError: The work failed on another process.
+        """
+        index_rows = [
+            np.flatnonzero(cache.labels == k)[: self.num_columns] for k in self.classes.tolist()
+        ]
+        image_indices = np.concatenate(index_rows)
+
+        def read_latents(index: Tensor) -> Tensor:
+            padded = index.cpu().numpy().clip(max=len(image_indices) - 1)
+            moments, _ = cache.gather(image_indices[padded])
+            return self.vae.scale.mean(moments.to(index.device))
+
+        images = self._decode(read_latents, len(image_indices), gather)
+        if self.rank > 0:
+            return None
+        row_sizes = [len(indices) for indices in index_rows]
+        return self._arrange(images, row_sizes, "training images, encoded and decoded by the VAE")
+
     def _draw(self, ema: SiT, gather: Gather, recipe: Recipe, title: str) -> Image.Image | None:
         images = self._sample(ema, gather, recipe)
-        return self._arrange(images, title) if self.rank == 0 else None
+        if self.rank > 0:
+            return None
+        subtitle = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
+        row_sizes = [self.num_columns] * len(self.row_names)
+        return self._arrange(images, row_sizes, f"{title} · {subtitle}")
 
     def _sample(self, ema: SiT, gather: Gather, recipe: Recipe) -> Tensor:
+        """Return all samples on the first process, (n, 3, H, W) uint8."""
+        return self._decode(
+            lambda index: recipe.sample_latents(ema, index, self.dtype),
+            len(self.row_names) * self.num_columns,
+            gather,
+        )
+
+    def _decode(
+        self, make_latents: Callable[[Tensor], Tensor], num_images: int, gather: Gather
+    ) -> Tensor:
         """Return all images on the first process, (n, 3, H, W) uint8.
 
-        Each process samples one batch at a time.
+        Each process makes and decodes one batch at a time.
+
+        Args:
+            make_latents: Returns the latents of images, given their indices.
+            num_images: Number of images.
+            gather: The same as for `draw`.
         """
-        num_images = len(self.row_names) * self.num_columns
         batch_size = min(self.max_batch_size, math.ceil(num_images / self.num_processes))
         parts = []
         for first in range(0, num_images, batch_size * self.num_processes):
             begin = first + self.rank * batch_size
             # The last batch may be padded with further images.
             index = torch.arange(begin, begin + batch_size, device=self.vae.vae.device)
-            images = self.vae.decode(recipe.sample_latents(ema, index, self.dtype))
+            images = self.vae.decode(make_latents(index))
             exchange_status()
             parts.append(gather(images))
         return torch.cat(parts)[:num_images]
 
-    def _arrange(self, images: Tensor, title: str) -> Image.Image:
+    def _arrange(self, images: Tensor, row_sizes: list[int], title: str) -> Image.Image:
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        rows = pixels.reshape(len(self.row_names), self.num_columns, *pixels.shape[1:])
-        subtitle = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
-        return draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {subtitle}")
+        rows = np.split(pixels, np.cumsum(row_sizes)[:-1])
+        return draw_labelled_grid(list(zip(self.row_names, rows)), title)
 
 
 def preview_path(folder: Path, step: int, suffix: str) -> Path:
     """Return the file of a run's preview; the suffix identifies the EMA."""
     return folder / "samples" / f"{step:07d}{suffix}.png"
+
+
+def real_images_path(folder: Path) -> Path:
+    """Return the file of the training images that previews are compared with."""
+    return folder / "samples" / "real.png"
 
 
 def load_vae(name: str | None, manifest: Manifest, device: torch.device) -> Autoencoder:

@@ -29,17 +29,21 @@ from training.config import (
     ObjectiveConfig,
     PeriodicEvaluationConfig,
     PreviewConfig,
+    RunConfig,
     SaveConfig,
     Settings,
 )
 from training.log import is_due
 from training.monitors import ema_suffixes
-from training.preview import preview_path
+from training.preview import preview_path, real_images_path
 from training.shared_files import measure_files
 
 logger = get_logger(__name__)
 
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
+# Values that correspond to the behaviour of versions without these flags. Checkpoints of these
+# versions do not record them.
+FLAGS_OF_NEWER_VERSIONS = {"qk_norm": False}
 FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvaluationConfig)
 
 
@@ -51,6 +55,7 @@ class RunPosition:
     step: int = 0  # step of the newest checkpoint
     complete_evaluations: frozenset[tuple[int, float]] = frozenset()  # (`step`, EMA decay)
     complete_previews: frozenset[Path] = frozenset()  # files of previews at `step`
+    has_real_images: bool = False  # the images next to previews have been drawn
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
     last_logged_step: int = 0  # step of the newest line of metrics.jsonl
     file_sizes: dict[str, int] = field(default_factory=dict)  # files of the newest checkpoint
@@ -93,9 +98,40 @@ def find_position(
         step,
         complete_evaluations,
         complete_previews,
+        # A new run draws the images again, because it may have other data or a new tracker run.
+        bool(checkpoints) and real_images_path(folder).exists(),
         lacks_evaluation or lacks_preview,
         last_logged_step=max((row["step"] for row in rows), default=0),
         file_sizes=measure_files(checkpoints[-1]) if checkpoints else {},
+    )
+
+
+def check_resume_step(run: RunConfig, checkpoints: list[Path]) -> None:
+    """Raise UserError if --resume-step is not the step of the newest checkpoint.
+
+    Args:
+        run: Name and location of the run.
+        checkpoints: Checkpoints of the run, oldest first.
+    """
+    step = run.resume_step
+    steps = [int(checkpoint.name) for checkpoint in checkpoints]
+    if not step or step in steps[-1:]:
+        return
+    if not steps:
+        raise UserError(
+            f"--resume-step {step}: {run.folder} has no checkpoint; remove the flag to start it"
+        )
+    newest = f"the newest checkpoint of {run.folder} is that of step {steps[-1]}"
+    if step not in steps:
+        raise UserError(
+            f"--resume-step {step}: there is no such checkpoint, and {newest}; remove the flag to "
+            "continue from it"
+        )
+    chosen = checkpoints[steps.index(step)]
+    raise UserError(
+        f"--resume-step {step}: {newest}; remove the flag to continue from it, or, to continue "
+        f"from {step}, copy {chosen} to {run.output_dir}/NEW/checkpoints/{chosen.name} and pass "
+        f"--exp-name NEW (or delete the newer folders in {chosen.parent})"
     )
 
 
@@ -156,7 +192,7 @@ def build_config_json(
         data["images_per_class"] = images_per_class
     return {
         "model_name": settings.model.model,
-        "model": asdict(network),
+        "model": network.to_json(),
         "align": align,
         **asdict(settings.objective),
         "batch_size": settings.loop.batch_size,
@@ -181,7 +217,7 @@ def check_same_run(flags: dict, folder: Path) -> None:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
-    stored = read_stored_flags(checkpoints[-1])
+    stored = FLAGS_OF_NEWER_VERSIONS | read_stored_flags(checkpoints[-1])
     fixed = [key for key in flags if key not in _flags_that_may_change()]
     changed = {
         key: f"--{key.replace('_', '-')}"

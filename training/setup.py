@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from checkpointing.storage import list_checkpoints
 from common.cli import UserError, format_flags, print_warning
 from common.config import record_flags
 from common.files import write_file
@@ -41,6 +42,7 @@ from training.resume import (
     RunPosition,
     build_args_json,
     check_cache,
+    check_resume_step,
     check_same_run,
     find_position,
 )
@@ -138,7 +140,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         log.info(line)
     if position.checkpoints:
         log.info(f"resuming from {position.checkpoints[-1]}")
-    monitors = make_monitors(settings, log, networks, position)
+    monitors = make_monitors(settings, log, networks, cache, position)
     compile_cache = load_compile_cache(settings, accelerator, networks.config)
     return Run(
         cache,
@@ -174,6 +176,7 @@ def agree_on_position(settings: Settings, flags: dict, is_main_process: bool) ->
     with fail_together():
         if is_main_process:
             check_same_run(flags, folder)
+            check_resume_step(settings.run, list_checkpoints(folder))
             position = find_position(
                 folder,
                 settings.loop.num_steps,
@@ -185,7 +188,11 @@ def agree_on_position(settings: Settings, flags: dict, is_main_process: bool) ->
 
 
 def make_monitors(
-    settings: Settings, log: RunLog, networks: Networks, position: RunPosition
+    settings: Settings,
+    log: RunLog,
+    networks: Networks,
+    cache: LatentCache,
+    position: RunPosition,
 ) -> Monitors:
     """Build the schedule of previews and evaluations at the position of the run."""
     flags = {
@@ -202,6 +209,7 @@ def make_monitors(
         settings.evaluation.every,
         position.complete_evaluations,
         position.complete_previews,
+        None if position.has_real_images else cache,
         restore_failures(networks.state.progress, flags),
     )
 

@@ -39,7 +39,8 @@ class Trackers:
     """The trackers of a run. A tracker that fails is disabled, and training continues.
 
     Args:
-        accelerator: An accelerator whose `log_with` names the trackers.
+        accelerator: An accelerator whose `log_with` names the trackers, and whose `logging_dir` is
+            the folder of their files.
         info: Writes a message to the log.
     """
 
@@ -70,6 +71,7 @@ class Trackers:
         if not accelerator.log_with or not accelerator.is_main_process:
             return
         names = list(map(str, accelerator.log_with))
+        Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
         options: dict[str, dict[str, Any]] = {}
         has_repeated_steps = last_logged_step > step
         if "tensorboard" in names and has_repeated_steps:
@@ -85,7 +87,7 @@ class Trackers:
             options["wandb"] = {
                 "name": folder.name,
                 "id": id_file.read_text(),
-                "dir": folder,
+                "dir": accelerator.logging_dir,
                 "resume": "allow",
                 "config": config,
             }

@@ -255,7 +255,10 @@ def test_peak_memory_excludes_earlier_allocations(monkeypatch):
             "layersync, selftrans joined by +",
         ),
         (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
-        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),
+        (
+            ["--align", "sra", "--repa-encoder", "dinov2-b"],
+            "--repa-encoder (--enc-type) needs --align repa",
+        ),
         (["--latent-size", "9"], "--latent-size 9: SiT-XL/2 cannot divide these latents"),
     ],
 )

@@ -13,13 +13,14 @@ from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 
 import sample_ddp
+import train
 from checkpointing import diffusers_dit, export
 from checkpointing.pretrained import load
 from checkpointing.storage import CheckpointError
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig, TimestepEmbedder
 from samplers import GuidedVelocity, euler, ode_times
-from tests.helpers import ROOT
+from tests.helpers import ROOT, train_flags
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,29 @@ def test_diffusers_version_computes_the_same_function_for_other_sizes():
     } == {1e-6}
     dit.proj_out_2.bias += 1e-3
     assert diffusers_dit.relative_difference(model, dit) > 1e-4
+
+
+def test_network_with_qk_norm_is_trained_sampled_and_exported_without_diffusers(
+    call, cache, tmp_path
+):
+    code, out = call(train, *train_flags(cache, tmp_path, "run", "--qk-norm"))
+    assert code == 0 and "forward, QK normalization" in out
+    assert load(tmp_path / "run").model.config.qk_norm
+    code, out = call(export, tmp_path / "run", "--to", tmp_path / "to")
+    assert (
+        code == 0 and "no diffusers version: DiTTransformer2DModel has no QK normalization" in out
+    )
+    assert not (tmp_path / "to/diffusers").exists()
+    assert "SiT-Ti/2 with QK normalization" in (tmp_path / "to/README.md").read_text()
+    flags = ["--num-fid-samples", 3, "--num-steps", 2, "--qk-norm", "--model", "SiT-Ti/2"]
+    flags += ["--resolution", 32, "--num-classes", 3, "--sample-dir", tmp_path]
+    for ckpt in (tmp_path / "run", tmp_path / "to"):
+        code, out = call(sample_ddp, "--ckpt", ckpt, *flags, "--name", ckpt.name)
+        assert code == 0, out
+    run_images, exported_images = (
+        np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("run", "to")
+    )
+    assert np.array_equal(run_images, exported_images)
 
 
 def test_ema_decay_selects_the_exported_weights(call, run, tmp_path):

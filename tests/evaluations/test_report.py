@@ -158,6 +158,7 @@ def test_page_is_complete_and_self_contained(write_page, tmp_path):
     append_evaluations(a, [{}, {}])
     make_metrics(tmp_path / "samples/s.metrics.json", a, {"FD-fashion": 3.0})
     Image.new("RGB", (2000, 100)).save(tmp_path / "samples/s.png")
+    Image.new("RGB", (60, 40)).save(b / "samples/real.png")
     page = write_page(a, b)
     for tag, attributes, _ in page.elements:
         assert tag not in ("script", "link", "iframe", "object", "base")
@@ -177,7 +178,7 @@ def test_page_is_complete_and_self_contained(write_page, tmp_path):
     captions = page.find_texts("figcaption")
     assert sum(caption.startswith("step ") for caption in captions) == 16  # 16 of 24 previews
     assert captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2
-    assert "a: s" in captions
+    assert "a: s" in captions and captions.count("training images") == 1
     charts = [
         attributes["aria-label"].partition(" over ")[0]
         for attributes, _ in page.find_all("svg", "chart")

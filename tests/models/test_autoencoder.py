@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from models.autoencoder import Autoencoder, LatentScale
+from models.autoencoder import VAE_ALIASES, Autoencoder, LatentScale
 from models.errors import FieldError
 from tests.helpers import LFS_POINTER, make_vae
 
@@ -128,3 +128,11 @@ def test_error_of_an_unusable_folder_describes_its_contents(vae_folder, tmp_path
 def test_file_of_weights_is_rejected_as_a_vae(vae_folder):
     with pytest.raises(FieldError, match=rf"{WEIGHTS} is a file; choose a diffusers folder"):
         Autoencoder(str(vae_folder / WEIGHTS))
+
+
+def test_short_names_of_vaes_are_those_of_repa(vae_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(VAE_ALIASES, "ema", str(vae_folder))
+    assert Autoencoder("ema").name == str(vae_folder)
+    (tmp_path / "ema").symlink_to(vae_folder)
+    assert Autoencoder("ema").name == "ema"  # an existing folder takes precedence

@@ -1,6 +1,7 @@
 """Test the backbone, its presets, the alignment heads and `AlignedSiT`."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,38 @@ def test_parameter_names_and_shapes_match_the_sit_repository():
         **{f"blocks.{i}.{key}": shape for i in range(3) for key, shape in block.items()},
     }
     assert {key: tuple(value.shape) for key, value in make_sit().state_dict().items()} == expected
+
+
+def test_qk_norm_applies_a_layer_norm_to_the_queries_and_keys_of_each_head():
+    """The names, the epsilon of 1e-5 and the initial weights are those of timm and REPA."""
+    config = SiTConfig(depth=3, width=32, heads=2, patch=2, latent_size=8, num_classes=5)
+    torch.manual_seed(0)
+    model = SiT(replace(config, qk_norm=True))
+    plain = make_sit().state_dict()
+    added = {key: value for key, value in model.state_dict().items() if key not in plain}
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.items())
+    for part in ("q_norm", "k_norm"):
+        assert torch.equal(added.pop(f"blocks.1.attn.{part}.weight"), torch.ones(16))
+        assert torch.equal(added.pop(f"blocks.1.attn.{part}.bias"), torch.zeros(16))
+    assert len(added) == 2 * 4  # of the other two blocks
+
+    attention = model.blocks[0].attn
+    torch.nn.init.normal_(attention.q_norm.weight)
+    torch.nn.init.normal_(attention.k_norm.bias)
+    tokens = 1e-2 * torch.randn(2, 16, 32)  # so that the epsilon matters
+    q, k, v = attention.qkv(tokens).reshape(2, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    q = torch.nn.functional.layer_norm(q, (16,), attention.q_norm.weight, eps=1e-5)
+    k = torch.nn.functional.layer_norm(k, (16,), bias=attention.k_norm.bias, eps=1e-5)
+    mixed = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(tokens), attention.proj(mixed))
+
+
+def test_config_of_a_network_without_qk_norm_is_that_of_older_versions():
+    config = SiTConfig(depth=3, width=32, heads=2, patch=2)
+    assert "qk_norm" not in config.to_json()
+    with_qk_norm = replace(config, qk_norm=True)
+    for original in (config, with_qk_norm):
+        assert SiTConfig(**original.to_json()) == original
 
 
 def test_initial_weights_follow_the_scheme_of_the_sit_repository():

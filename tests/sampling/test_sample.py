@@ -564,7 +564,10 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
             "--no-npz would discard the samples without evaluating them; add --evaluate PATH",
         ),
         (["--evaluate", "/nonexistent"], "--evaluate /nonexistent does not exist"),
-        (["--model", "SiT-XL/2"], "--model is for official .pt files"),
+        (["--model", "SiT-XL/2"], "--model SiT-XL/2 is for official .pt files"),
+        (["--resolution", 256], "--resolution 256: "),
+        (["--num-classes", 1000], "has 3 classes; remove the flag"),
+        (["--qk-norm"], "has no QK normalization; remove the flag"),
     ],
 )
 def test_invalid_flags_end_with_a_one_line_error_before_sampling(sample, tmp_path, flags, message):

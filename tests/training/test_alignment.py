@@ -516,7 +516,7 @@ def test_settings_of_a_method_may_be_zero():
         (["--align", "sra", "sra"], "--align sra sra repeats a method"),
         (["--align", "sra", "--align-target", "mean"], "--align-target needs --align sra2"),
         (["--sra-t-max", 0.1], "--sra-t-max needs --align sra, but --align sra2"),
-        (["--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),
+        (["--repa-encoder", "dinov2-b"], "--repa-encoder (--enc-type) needs --align repa"),
         (
             ["--align", "none", "--align-weight", 1],
             "--align-weight has no effect with --align none",

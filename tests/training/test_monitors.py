@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ import train
 from checkpointing import pretrained
 from checkpointing.storage import read_progress
 from common.metrics_log import read_rows
+from latents.cache import LatentCache
 from models.autoencoder import Autoencoder
 from sampling.recipe import Recipe
 from tests.helpers import run_ranks, train_flags
@@ -238,38 +240,27 @@ def test_failed_preview_on_one_process_is_agreed_on(cache, tmp_path, failing_ran
         assert f"the preview at step {step} failed ({reason}); training continues" in log, out
 
 
-def test_processes_share_the_images_of_a_preview(trained, vae_folder):
+def test_processes_share_the_images_of_a_preview(make_preview, trained):
     """Each of three processes samples a third, and the grid is the same as that of one process."""
-    source = pretrained.load(trained)
-    autoencoder = Autoencoder(str(vae_folder), torch.device("cpu"))
-    objective = SimpleNamespace(path_type="linear", prediction="v")
+    model = pretrained.load(trained).model
     parts = []
     for rank, num_processes in ((0, 1), (0, 3), (1, 3), (2, 3)):
-        preview = Preview(
-            autoencoder,
-            source.class_names,
-            source.trained_labels,
-            cfg_scale=1.5,
-            objective=objective,
-            seed=0,
-            rank=rank,
-            num_processes=num_processes,
-        )
+        preview = make_preview(rank, num_processes)
         recipe = replace(preview.recipe, num_steps=2)
-        parts.append(preview._sample(source.model, lambda images: images, recipe))
+        parts.append(preview._sample(model, lambda images: images, recipe))
     expected, *shares = parts
     assert [len(share) for share in shares] == [8, 8, 8]
     assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
 
 
-def test_trial_preview_arranges_images_only_on_the_first_process(trained, vae_folder, monkeypatch):
-    """The other processes receive no images, so arranging them would fail."""
-    arrange, calls = count_calls([None])
-    monkeypatch.setattr(Preview, "_arrange", arrange)
+@pytest.fixture
+def make_preview(trained, vae_folder):
+    """Return a function that builds the preview of a process for the classes of `trained`."""
     source = pretrained.load(trained)
     autoencoder = Autoencoder(str(vae_folder), torch.device("cpu"))
-    for rank, num_calls in ((1, 0), (0, 1)):
-        preview = Preview(
+
+    def make(rank: int = 0, num_processes: int = 1) -> Preview:
+        return Preview(
             autoencoder,
             source.class_names,
             source.trained_labels,
@@ -277,9 +268,60 @@ def test_trial_preview_arranges_images_only_on_the_first_process(trained, vae_fo
             objective=SimpleNamespace(path_type="linear", prediction="v"),
             seed=0,
             rank=rank,
-            num_processes=2,
+            num_processes=num_processes,
         )
-        preview.try_out(source.model, lambda images: images)
+
+    return make
+
+
+def test_real_images_are_the_first_ones_of_the_classes_of_a_preview(make_preview, cache):
+    """Each of three processes decodes a third; rows may have different numbers of images."""
+    latents = LatentCache(cache)
+    latents.labels[latents.labels == 1] = 2  # class 1 has no images, class 2 has sixteen
+    latents.labels[0] = 2  # class 0 has seven
+    shares, arranged = [], []
+    for rank, num_processes in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        preview = make_preview(rank, num_processes)
+        preview._arrange = lambda images, row_sizes, title: arranged.append(row_sizes)
+        gathered = []
+
+        def gather(images, gathered=gathered):
+            gathered.append(images)
+            return images
+
+        preview.draw_real(latents, gather)
+        shares.append(torch.cat(gathered))
+    assert arranged == [[7, 0, 8]] * 2  # on the first process
+    preview = make_preview()
+    indices = [np.flatnonzero(latents.labels == k)[:8] for k in range(3)]
+    moments, _ = latents.gather(np.concatenate(indices))
+    expected = preview.vae.decode(preview.vae.scale.mean(moments)).int()
+    for images in (shares[0], torch.cat(shares[1:])):
+        assert (images[:15].int() - expected).abs().max() <= 1
+    assert isinstance(make_preview().draw_real(latents, lambda images: images), Image.Image)
+
+
+def test_real_images_are_drawn_once_and_again_after_a_failure(make_monitors):
+    monitors = make_monitors(lambda *args: Image.new("RGB", (1, 1)))
+    monitors.real_cache = cache = object()
+    results = [OUT_OF_MEMORY, Image.new("RGB", (1, 1))]
+    monitors.preview.draw_real, calls = count_calls(results)
+    for step in (3, 4, 8, 10):
+        run(monitors, step)
+    assert [call[0] for call in calls] == [cache, cache]
+    real_images = [image for image in make_monitors.images if image[0] == "samples-real"]
+    assert real_images == [("samples-real", "real.png", 8)]
+
+
+def test_trial_preview_arranges_images_only_on_the_first_process(
+    make_preview, trained, monkeypatch
+):
+    """The other processes receive no images, so arranging them would fail."""
+    arrange, calls = count_calls([None])
+    monkeypatch.setattr(Preview, "_arrange", arrange)
+    model = pretrained.load(trained).model
+    for rank, num_calls in ((1, 0), (0, 1)):
+        make_preview(rank, num_processes=2).try_out(model, lambda images: images)
         assert len(calls) == num_calls
 
 

@@ -36,7 +36,7 @@ from tests.training.steps import make_settings, make_step
 from training import checkpoints, sharding
 from training.checkpoints import SaveError, Snapshot, WrittenFile, write_checkpoint
 from training.preview import Preview
-from training.sharding import count_nodes
+from training.sharding import count_nodes, gather_tensor
 from training.shared_files import wait_for_files
 
 FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors")
@@ -102,6 +102,25 @@ def test_one_sharded_process_equals_an_unsharded_one(
     )
     assert "held_out" in metrics
     assert sharded_metrics == pytest.approx(metrics, rel=1e-4)
+
+
+def test_normalization_of_queries_and_keys_is_sharded(cache, process_group):
+    results = []
+    for mode in ("none", "full"):
+        settings = make_settings(cache, "--qk-norm", "--shard", mode, "--learning-rate", "1e-2")
+        step = make_step(settings, torch.device("cpu"))
+        stream = TrainingStream(LatentCache(cache), 0, 8, 0, 1, [])
+        losses = [step(stream[index])[0]["loss"] for index in range(3)]
+        weights = {
+            name: gather_tensor(tensor)
+            for name, tensor in step.state.model.state_dict().items()
+            if not name.endswith("k_norm.bias")  # attention does not depend on it
+        }
+        results.append((torch.stack(losses), weights))
+    (expected_losses, expected), (losses, weights) = results
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
+    assert_close(weights, expected)
+    assert any("q_norm" in name and (weights[name] - 1).abs().max() > 1e-3 for name in weights)
 
 
 @pytest.mark.parametrize(

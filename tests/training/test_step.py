@@ -116,7 +116,7 @@ def test_all_blocks_share_one_compiled_graph(single_process_group, graph_counter
     manifest = LatentCache(cache).manifest
     predictions = []
     for flags in ([], ["--compile"]):
-        settings = make_settings(cache, "--model", "SiT-S/2", *flags)
+        settings = make_settings(cache, "--model", "SiT-S/2", "--qk-norm", *flags)
         network = build_network_config(settings.model, manifest)
         align = plan_alignments(settings.alignments, network, make_cache_info(manifest))
         state = build_state(

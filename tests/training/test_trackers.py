@@ -103,15 +103,16 @@ def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(
         ]
         metrics += [row for row in history if "loss" in row]
         for row in history:
-            paths = row.get("samples/filenames", [])
-            images += [folder / "files" / path for path in paths]
+            for name in ("samples-real", "samples"):
+                paths = row.get(f"{name}/filenames", [])
+                images += [(name, (folder / "files" / path).read_bytes()) for path in paths]
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     for written, tracked in zip(read_metrics(run), metrics, strict=True):
         written.pop("schema")
         assert {key: tracked[key] for key in written} == written
-    previews = sorted((run / "samples").glob("*.png"))
-    assert len(previews) == 2
-    assert [path.read_bytes() for path in images] == [path.read_bytes() for path in previews]
+    saved = {path.stem: path.read_bytes() for path in (run / "samples").iterdir()}
+    real_images = ("samples-real", saved.pop("real"))  # sent once, before the first preview
+    assert images == [real_images, *(("samples", saved[step]) for step in ("0000002", "0000004"))]
 
 
 def test_failing_tracker_is_disabled_and_training_continues(
@@ -176,14 +177,16 @@ def test_tensorboard_gets_metrics_and_previews(call, cache, tmp_path, monkeypatc
 
     monkeypatch.setattr(Preview, "num_steps", 2)
     flags = train_flags(cache, tmp_path, "run", "--report-to", "tensorboard")
+    flags += ["--logging-dir", "logs"]  # below --output-dir, as in REPA
     code, out = call(train, *flags, "--max-train-steps", 2, "--sampling-steps", 2)
     assert code == 0, out
-    events = EventAccumulator(str(tmp_path / "run/sra2"))
+    assert not (tmp_path / "run/sra2").exists()
+    events = EventAccumulator(str(tmp_path / "logs/run/sra2"))
     events.Reload()
     losses = [event.value for event in events.Scalars("loss")]
     rows = read_metrics(tmp_path / "run")
     assert losses == pytest.approx([row["loss"] for row in rows])
-    assert "samples" in events.Tags()["images"]
+    assert {"samples", "samples-real"} <= set(events.Tags()["images"])
 
 
 @pytest.fixture
@@ -194,12 +197,14 @@ def start_wandb(tmp_path):
         messages, options = [], {}
         accelerator = SimpleNamespace(
             log_with=["wandb"],
+            logging_dir=str(tmp_path / "logs"),
             is_main_process=True,
             init_trackers=lambda project, init_kwargs: options.update(init_kwargs["wandb"]),
             trackers=[],
         )
         trackers = Trackers(accelerator, messages.append)
         trackers.start("project", tmp_path, {"seed": 0}, step, last_logged_step)
+        assert options["dir"] == str(tmp_path / "logs") and (tmp_path / "logs").is_dir()
         return options["id"], options["config"], messages
 
     return start

@@ -240,7 +240,7 @@ def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
     code, out = call(train, *flags, "--sampling-steps", 2)
     assert code == 0, out
     names = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
-    assert names == ["0000002.png", "0000003.png"]
+    assert names == ["0000002.png", "0000003.png", "real.png"]
     for recipe in recipes:
         assert (recipe.seed, recipe.prediction, recipe.path_type) == (5, "x", "cosine")
         assert recipe.explicit_labels.tolist() == 8 * [0] + 8 * [1] + 8 * [2]  # a class per row
@@ -269,6 +269,27 @@ def test_print_config_prints_the_resolved_flags_and_stops(call, cache, tmp_path)
     assert "--mixed-precision no" in lines and "--align-depth 2" in lines
 
 
+def test_resume_step_must_be_the_newest_checkpoint(call, cache, tmp_path):
+    """The error states how to continue from an older one, and this works."""
+    flags = train_flags(cache, tmp_path, "run", "--checkpointing-steps", 1)
+    code, out = call(train, *flags, "--resume-step", 1)
+    assert code == 2 and "--resume-step 1: " in out and "has no checkpoint; remove" in out
+    for step in (0, 2):
+        code, out = call(train, *flags, "--max-train-steps", step + 2, "--resume-step", step)
+        assert code == 0, out
+    code, out = call(train, *flags, "--max-train-steps", 5, "--resume-step", 9)
+    newest = f"the newest checkpoint of {tmp_path}/run is that of step 4"
+    assert code == 2 and f"--resume-step 9: there is no such checkpoint, and {newest}" in out
+    code, out = call(train, *flags, "--max-train-steps", 5, "--resume-step", 3)
+    assert code == 2 and newest in out and len(out.splitlines()) == 1
+    source, destination = re.search(r"copy (\S+) to (\S+) and pass --exp-name NEW", out).groups()
+    shutil.copytree(source, destination)
+    flags += ["--exp-name", "NEW", "--max-train-steps", 4, "--resume-step", 3]
+    code, out = call(train, *flags)
+    assert code == 0, out
+    assert have_equal_weights(tmp_path / "run", tmp_path / "NEW", "0000004")
+
+
 def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
     flags = train_flags(cache, trained.parent, trained.name, "--max-train-steps", 4)
     code, out = call(train, *flags, "--learning-rate", 5e-4, "--align-loss", "l2")
@@ -280,7 +301,7 @@ def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
 
 def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_path):
     flags = build_args_json(make_settings(tmp_path, "--max-train-steps", 4))
-    del flags["adam_beta2"]  # as if the run was started before the flag existed
+    del flags["adam_beta2"], flags["qk_norm"]  # as if the run was started before they existed
     progress = {"step": 4, "flags": flags}
     checkpoint = tmp_path / "checkpoints/0000004"
     checkpoint.mkdir(parents=True)
@@ -291,6 +312,8 @@ def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_p
     check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
     with pytest.raises(UserError, match="--seed was 0, now 1"):
         check_same_run(build_args_json(make_settings(tmp_path, "--seed", 1)), tmp_path)
+    with pytest.raises(UserError, match="--qk-norm was False, now True"):
+        check_same_run(build_args_json(make_settings(tmp_path, "--qk-norm")), tmp_path)
 
 
 def test_flags_may_change_until_the_first_checkpoint(call, cache, tmp_path, monkeypatch):

@@ -1,0 +1,53 @@
+"""Flags of the train.py of REPA, SRA and SiT (docs/coming-from-repa.md)."""
+
+from common.foreign_flags import ForeignFlags, UnusedFlag
+
+_RESUME = "not needed: a run continues from its newest checkpoint when the same command is rerun"
+_NO_CUTOFF = (
+    "not available: an interval of 0.001 is excluded at the end of the time interval where the "
+    "prediction is singular; remove the flag"
+)
+
+FOREIGN_FLAGS = ForeignFlags(
+    unused=(
+        UnusedFlag(
+            "--legacy",
+            "in REPA it drops labels twice; here, labels are dropped once, with probability "
+            "--cfg-prob (0.19 drops as many as REPA's --legacy with 0.1)",
+            is_switch=True,
+        ),
+        UnusedFlag(
+            "--fused-attn",
+            "PyTorch's scaled_dot_product_attention is always used; it selects a fused kernel if "
+            "there is one",
+            is_switch=True,
+        ),
+    ),
+    replacements={
+        # SRA
+        "--data-dir-train": "pass the latent cache as --data-dir",
+        "--resume-ckpt": f"{_RESUME}; remove the flag",
+        "--sample-steps": "pass --sampling-steps, the number of steps between previews",
+        "--checkpoint-steps": "pass --checkpointing-steps",
+        "--checkpoint-epochs": "pass --checkpointing-steps, the steps between checkpoints",
+        "--loss-type": "pass --align-loss: cosine (cos), smooth_l1 (sml1), l1 or l2",
+        "--block-out-s": "pass --align sra and --align-depth, the student's block",
+        "--block-out-t": "pass --align sra and --sra-teacher-block, the teacher's block",
+        "--t-max": "pass --align sra and --sra-t-max",
+        # SiT
+        "--data-path": "encode the images with preprocessing.encode_latents, and pass the latent "
+        "cache as --data-dir",
+        "--results-dir": "pass --output-dir, and the name of the run as --exp-name",
+        "--image-size": "pass --resolution, or remove the flag: the cache determines the size",
+        "--global-batch-size": "pass --batch-size, which is the global batch size",
+        "--global-seed": "pass --seed",
+        "--ckpt-every": "pass --checkpointing-steps",
+        "--sample-every": "pass --sampling-steps, the number of steps between previews",
+        "--cfg-scale": "pass --preview-cfg-scale, the guidance scale of previews",
+        "--wandb": "pass --report-to wandb",
+        "--ckpt": f"{_RESUME}, and training cannot start from a .pt file; remove the flag",
+        "--loss-weight": "not available: the squared error is not weighted; remove the flag",
+        "--train-eps": _NO_CUTOFF,
+        "--sample-eps": _NO_CUTOFF,
+    },
+)
