@@ -2,7 +2,8 @@
 
     python -m tests.training.sharded_steps OUTPUT CACHE NUM_STEPS MODE...
 
-A mode is one of SHARD_MODES, with the suffix "+2" for two accumulated micro-batches.
+A mode is one of SHARD_MODES, with the suffix "+2" for two accumulated micro-batches and the prefix
+"muon-" for Muon.
 """
 
 import sys
@@ -38,11 +39,13 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     results = {}
     for name in modes:
-        mode, _, accumulation = name.partition("+")
+        mode, _, accumulation = name.removeprefix("muon-").partition("+")
+        optimizer = "muon" if name.startswith("muon-") else "adamw"
         settings = make_settings(
             Path(cache),
             *("--align", "sra2", "sra", "--shard", mode, "--max-grad-norm", 0.5),
-            *("--learning-rate", "1e-3", "--gradient-accumulation-steps", accumulation or 1),
+            *("--optimizer", optimizer, "--learning-rate", "1e-3"),
+            *("--gradient-accumulation-steps", accumulation or 1),
         )
         step = make_step(settings, accelerator.device, accelerator=accelerator)
         rank, count = accelerator.process_index, accelerator.num_processes

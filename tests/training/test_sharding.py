@@ -52,12 +52,14 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Check that tensors differ by at most 1e-6 relative to the norm of all of them.
+def assert_close(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-6
+) -> None:
+    """Check that tensors differ by at most `tolerance` relative to the norm of all of them.
 
-    The difference of each tensor is at most 1e-5 relative to its norm: AdamW scales up rounding
-    errors of biases that are initialized with zeros. The biases of keys are ignored, because
-    attention does not depend on them, so their gradients consist of rounding errors.
+    The difference of each tensor is at most ten times as large relative to its norm: AdamW scales
+    up rounding errors of biases that are initialized with zeros. The biases of keys are ignored,
+    because attention does not depend on them, so their gradients consist of rounding errors.
     """
     assert actual.keys() == expected.keys()
     squared_error = squared_norm = 0.0
@@ -68,36 +70,40 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
             difference = torch.cat((query, value))
         squared_error += difference.square().sum().item()
         squared_norm += tensor.square().sum().item()
-        assert difference.norm() <= 1e-5 * tensor.norm(), name
-    assert squared_error <= 1e-12 * squared_norm
+        assert difference.norm() <= 10 * tolerance * tensor.norm(), name
+    assert squared_error <= tolerance**2 * squared_norm
 
 
 @pytest.mark.parametrize(
     ("num_processes", "num_steps", "modes"),
     [
-        (2, 6, ["full", "optimizer+2"]),
+        (2, 4, ["full", "optimizer+2", "muon-full"]),
         pytest.param(2, 20, ["full", "full+2", "optimizer"], marks=pytest.mark.long),
         pytest.param(4, 20, ["full", "hybrid", "hybrid+2"], marks=pytest.mark.long),
+        pytest.param(4, 6, ["muon-full", "muon-hybrid"], marks=pytest.mark.long),
     ],
 )
 def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes, num_steps, modes):
     """Losses, gradient norms, weights, moments and EMAs; the gradients are clipped."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # with four processes, there are two nodes
     output = tmp_path / "results.pt"
-    names = ["none", *modes]
+    names = ["none", "muon-none", *modes]
     run_ranks(num_processes, "tests.training.sharded_steps", output, cache, num_steps, *names)
     results = torch.load(output)
-    expected = results.pop("none")
-    assert (expected["scalars"][:, 2] > 0.5).any(), "the gradients are never clipped"
-    for name, result in results.items():
-        torch.testing.assert_close(result["scalars"], expected["scalars"], rtol=1e-6, atol=0)
-        assert_close(result["tensors"], expected["tensors"])
+    for name in modes:
+        expected, tolerance = results["none"], 1e-6
+        if name.startswith("muon-"):  # Muon computes in bf16
+            expected, tolerance = results["muon-none"], 1e-4
+        assert (expected["scalars"][:, 2] > 0.5).any(), "the gradients are never clipped"
+        result = results[name]
+        torch.testing.assert_close(result["scalars"], expected["scalars"], rtol=tolerance, atol=0)
+        assert_close(result["tensors"], expected["tensors"], tolerance)
         check_collectives(name, result["collectives"])
 
 
 def check_collectives(name: str, counts: dict[str, int]) -> None:
     """Check that a step communicates as often as docs/cluster/sharding.md states."""
-    mode, _, num_micro_batches = name.partition("+")
+    mode, _, num_micro_batches = name.removeprefix("muon-").partition("+")
     student, teacher = 6 + 1, 4 + 1  # blocks, and the parameters outside of blocks
     count = int(num_micro_batches or 1)
     gathers = (student + 6 + teacher) * count  # the blocks also in the backward pass
@@ -105,6 +111,8 @@ def check_collectives(name: str, counts: dict[str, int]) -> None:
         gathers = student + teacher * count
     assert counts["_allgather_base_"] == gathers
     assert counts["_reduce_scatter_base_"] == student  # once, regardless of accumulation
+    # Muon exchanges the rows of four matrices per block, and their updates.
+    assert counts.get("alltoall_base_", 0) == (8 if name.startswith("muon-") else 0)
     # Across nodes, gradients are reduced once as well.
     assert counts.get("allreduce_", 0) == (student if mode == "hybrid" else 0)
 
@@ -245,9 +253,10 @@ def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monke
     assert num_compiled_blocks == 2 * PRESETS["SiT-Ti/2"]["depth"]  # of the network and its EMA
 
 
-def test_fp16_overflow_skips_the_update_of_a_sharded_network(cache, process_group):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fp16_overflow_skips_the_update_of_a_sharded_network(cache, process_group, optimizer):
     """GradScaler finds infinite gradients in the rows of any process and lowers the scale."""
-    settings = make_settings(cache, "--shard", "full")
+    settings = make_settings(cache, "--shard", "full", "--optimizer", optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     step = make_step(settings, torch.device("cpu"))
     batch = TrainingStream(LatentCache(cache), 0, 8, 0, 1, [])[0]

@@ -59,6 +59,7 @@ OPTIONS = {
     "accumulated": "--gradient-accumulation-steps 2 --align-t-range 0 0.5 --ema-decay 0.9 0.5",
     "stopped": "--align-stop-step 1 --prediction x --weighting lognormal",
     "teacher": "--align sra2 sra --align-loss cosine l2 --gradient-accumulation-steps 2",
+    "muon": "--optimizer muon --lr-schedule cosine --lr-warmup-steps 1",
     "recomputed": "--activation-checkpointing --align-loss smooth_l1 --align-target sample",
 }
 

@@ -297,7 +297,8 @@ def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
 
 def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_path):
     flags = build_args_json(make_settings(tmp_path, "--max-train-steps", 4))
-    del flags["adam_beta2"]  # as if the run was started before the flag existed
+    for name in ("adam_beta2", "optimizer", "lr_schedule", "lr_warmup_steps", "lr_min_factor"):
+        del flags[name]  # as if the run was started before the flag existed
     progress = {"step": 4, "flags": flags}
     checkpoint = tmp_path / "checkpoints/0000004"
     checkpoint.mkdir(parents=True)
@@ -308,6 +309,10 @@ def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_p
     check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
     with pytest.raises(UserError, match="--seed was 0, now 1"):
         check_same_run(build_args_json(make_settings(tmp_path, "--seed", 1)), tmp_path)
+    changed = "--max-train-steps 4 --optimizer muon --lr-schedule linear --lr-warmup-steps 2"
+    expected = "--optimizer was adamw, now muon; --lr-schedule was constant, now linear; "
+    with pytest.raises(UserError, match=f"{expected}--lr-warmup-steps was 0, now 2. Choose"):
+        check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
 
 
 def test_flags_may_change_until_the_first_checkpoint(call, cache, tmp_path, monkeypatch):
