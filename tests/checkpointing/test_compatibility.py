@@ -117,7 +117,8 @@ def test_resumed_v1_runs_train_the_same_weights(call, tmp_path, monkeypatch):
     # Version 1 stored null for these defaults, and "none" or nothing for the new flags.
     resolved = {"align_target": "mean", "align_normalize": "none", "sra_t_max": 0.2}
     new_flags = {"report_to", "wandb_project", "profile", "recomputed_blocks", "shard"}
-    new_flags |= {"local_cache", "collective_timeout"}
+    new_flags |= {"local_cache", "collective_timeout", "optimizer", "lr_schedule"}
+    new_flags |= {"lr_warmup_steps", "lr_min_factor", "muon_momentum", "muon_weight_decay"}
     assert differing <= resolved.keys() | new_flags
     assert flags.items() >= resolved.items()
 
