@@ -42,6 +42,7 @@ from training.hang_detector import ending_with_the_others
 from training.inputs import InputSampler
 from training.joint_work import gather_on_first
 from training.log import is_due
+from training.optimizer import build_schedule
 from training.preemption import (
     FlagReducer,
     StopRequest,
@@ -49,6 +50,7 @@ from training.preemption import (
     stop_on_signal,
 )
 from training.profiling import StepProfiler
+from training.schedule import LearningRateSchedule
 from training.setup import Run, prepare_run
 from training.sharding import gather_tensor, wrap_sharded, wrap_with_ddp
 from training.state import EMA, TrainState
@@ -117,6 +119,7 @@ class Step:
         sample_inputs: Draws the random inputs of a batch.
         alignments: The alignment methods, by name.
         guard: Skips updates with non-finite losses or gradients.
+        schedule: The learning rate of each update.
         objective: The denoising objective.
         optimizer_config: Limit of the gradient norm, and EMA decays.
         accumulation: Number of micro-batches per process.
@@ -130,6 +133,7 @@ class Step:
         sample_inputs: InputSampler,
         alignments: dict[str, Alignment],
         guard: NonFiniteGuard,
+        schedule: LearningRateSchedule,
         objective: ObjectiveConfig,
         optimizer_config: OptimizerConfig,
         accumulation: int = 1,
@@ -140,6 +144,7 @@ class Step:
         self.sample_inputs = sample_inputs
         self.alignments = alignments
         self.guard = guard
+        self.schedule = schedule
         self.objective = objective
         self.interpolant = INTERPOLANTS[objective.path_type]
         self.max_grad_norm = optimizer_config.max_grad_norm
@@ -186,6 +191,8 @@ class Step:
         loss_names = ["denoising", *(f"align/{name}" for name in self.alignments)]
         losses = {name: means[name] for name in loss_names}
         is_finite = self.guard.mark_step(self.state.step + 1, losses, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.compute(self.state.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -255,6 +262,7 @@ def make_step(
         sample_inputs,
         alignments,
         guard,
+        build_schedule(settings.optimizer, settings.loop, manifest.count),
         settings.objective,
         settings.optimizer,
         settings.loop.gradient_accumulation_steps,

@@ -142,7 +142,7 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     }
     if settings:
         rows["Optimizer"] = (
-            f"AdamW, learning rate {settings['learning_rate']:g}, gradient norm clipped to "
+            f"{_describe_optimizer(settings)}, gradient norm clipped to "
             f"{settings['max_grad_norm']:g}, mixed precision {settings['mixed_precision']}, "
             f"seed {settings['seed']}"
         )
@@ -158,6 +158,23 @@ def _describe_head(spec: dict | None) -> str:
     if spec.get("kind") == "conv":
         return f"a convolution of kernel size {spec['kernel_size']} as the head"
     return f"{spec['layers']} layers in the head"
+
+
+def _describe_optimizer(settings: dict) -> str:
+    """Describe the optimizer and the learning rate that the flags of a run set.
+
+    Runs of older versions have no flags for the optimizer and the schedule.
+    """
+    name = "AdamW"
+    if settings.get("optimizer") == "muon":
+        name = "Muon for weight matrices of the blocks, AdamW for other parameters"
+    parts = [name, f"learning rate {settings['learning_rate']:g}"]
+    if settings.get("lr_warmup_steps"):
+        parts.append(f"warm-up of {settings['lr_warmup_steps']:,} steps")
+    schedule = settings.get("lr_schedule", "constant")
+    if schedule != "constant":
+        parts.append(f"{schedule} decay to {settings['lr_min_factor']:g} of it")
+    return ", ".join(parts)
 
 
 def _describe_method(entry: dict) -> str:

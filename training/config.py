@@ -13,7 +13,7 @@ import torch
 
 from common import cli
 from common.cli import UserError, format_value
-from common.config import add_flags, read_flags, setting
+from common.config import add_flags, get_flag_of_field, read_flags, setting
 from common.machine import count_available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
 from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
@@ -25,9 +25,11 @@ from training.alignment_config import (
     resolve_alignments,
 )
 from training.foreign_flags import FOREIGN_FLAGS
+from training.schedule import SCHEDULES
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
+OPTIMIZERS = ("adamw", "muon")
 SHARD_MODES = ("none", "optimizer", "full", "hybrid")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -176,10 +178,31 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, gradient clipping and EMAs."""
+    """Optimizer, learning rate schedule, gradient clipping and EMAs."""
 
+    optimizer: str = setting(
+        "adamw",
+        help="optimizer; muon: Muon for the weight matrices of the blocks, and AdamW for all other "
+        "parameters",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = setting(
-        1e-4, help="constant learning rate of AdamW", type=cli.positive_float
+        1e-4, help="learning rate; the highest one of a schedule", type=cli.positive_float
+    )
+    lr_schedule: str = setting(
+        "constant",
+        help="learning rate after the warm-up; cosine and linear decrease it until the last step",
+        choices=SCHEDULES,
+    )
+    lr_warmup_steps: int = setting(
+        0,
+        help="steps in which the learning rate rises linearly to --learning-rate",
+        type=cli.non_negative_int,
+    )
+    lr_min_factor: float = setting(
+        0.0,
+        help="final learning rate of cosine and linear, as a fraction of --learning-rate",
+        type=cli.fraction,
     )
     adam_beta1: float = setting(0.9, help="beta1 of AdamW", type=cli.decay)
     adam_beta2: float = setting(0.999, help="beta2 of AdamW", type=cli.decay)
@@ -187,6 +210,10 @@ class OptimizerConfig:
         0.0, help="weight decay of AdamW", type=cli.non_negative_float
     )
     adam_epsilon: float = setting(1e-8, help="epsilon of AdamW", type=cli.positive_float)
+    muon_momentum: float = setting(0.95, help="momentum of Muon", type=cli.decay)
+    muon_weight_decay: float = setting(
+        0.1, help="weight decay of the matrices that Muon updates", type=cli.non_negative_float
+    )
     max_grad_norm: float = setting(
         1.0, help="gradient norm above which gradients are scaled down", type=cli.positive_float
     )
@@ -468,6 +495,7 @@ def _check_settings(settings: Settings) -> None:
     decays = settings.optimizer.ema_decay
     if len(set(decays)) < len(decays):
         raise UserError(f"--ema-decay {format_value(decays)} repeats a value: pass each decay once")
+    _check_optimizer(settings.optimizer)
     if settings.loop.epochs and settings.loop.max_train_steps:
         raise UserError("--epochs and --max-train-steps both set the length: pass only one")
     check_compiler(settings.device)
@@ -481,6 +509,21 @@ def _check_settings(settings: Settings) -> None:
             f"--report-to {format_value(report_to)}: none cannot be combined with trackers; "
             "remove it"
         )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    required_flags: dict[str, str] = {}
+    if optimizer.lr_schedule == "constant":
+        required_flags["lr_min_factor"] = "--lr-schedule cosine or linear"
+    if optimizer.optimizer != "muon":
+        required_flags["muon_momentum"] = "--optimizer muon"
+        required_flags["muon_weight_decay"] = "--optimizer muon"
+    defaults = OptimizerConfig()
+    for name, required in required_flags.items():
+        value = getattr(optimizer, name)
+        if value != getattr(defaults, name):
+            flag = get_flag_of_field(OptimizerConfig, name)
+            raise UserError(f"{flag} {value} needs {required}: pass both flags")
 
 
 def check_compiler(device: DeviceConfig) -> None:
@@ -501,6 +544,20 @@ def check_batch_size(loop: LoopConfig, num_processes: int) -> None:
             f"--batch-size {loop.batch_size} (global) is not a multiple of {num_processes} "
             "(processes) x --gradient-accumulation-steps "
             f"{loop.gradient_accumulation_steps}"
+        )
+
+
+def check_warmup(optimizer: OptimizerConfig, loop: LoopConfig) -> None:
+    """Raise UserError if a decreasing schedule has no steps after the warm-up.
+
+    Args:
+        optimizer: Settings of the schedule.
+        loop: Length of the run, as returned by `resolve_num_steps`.
+    """
+    if optimizer.lr_schedule != "constant" and optimizer.lr_warmup_steps >= loop.num_steps:
+        raise UserError(
+            f"--lr-warmup-steps {optimizer.lr_warmup_steps} leaves no steps for --lr-schedule "
+            f"{optimizer.lr_schedule}: the run has {loop.num_steps} steps; pass fewer warm-up steps"
         )
 
 

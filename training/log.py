@@ -18,6 +18,7 @@ from common.metrics_log import METRICS_SCHEMA, is_zeroed, split_lines
 from common.progress import ProgressBar
 from common.watchdog import waiting_for_processes
 from training.guard import NonFiniteGuard
+from training.schedule import LearningRateSchedule
 from training.throughput import Throughput
 from training.trackers import Trackers
 
@@ -106,8 +107,11 @@ def format_line(
     images_per_s: float,
     remaining_seconds: float | None,
     means: dict[str, float | None],
+    learning_rate: float | None = None,
 ) -> str:
-    """Return the line that shows the progress without a terminal. It contains only the losses.
+    """Return the line that shows the progress without a terminal.
+
+    It contains only the losses and, if it is given, the learning rate.
 
     Args:
         step: Number of updates so far.
@@ -115,6 +119,7 @@ def format_line(
         images_per_s: Images per second without pauses.
         remaining_seconds: Estimate of the remaining time, or None.
         means: Losses and other scalars; None if no step was finite.
+        learning_rate: Learning rate of the last update.
     """
     remaining = "?"
     if remaining_seconds is not None:
@@ -124,9 +129,12 @@ def format_line(
         for name, value in means.items()
         if value is not None and (name in ("loss", "denoising") or name.startswith("align/"))
     ]
+    numbers = losses or ["no finite step"]
+    if learning_rate is not None:
+        numbers = [*numbers, f"lr {learning_rate:.3g}"]
     return (
         f"step {step:,} of {num_steps:,}, {images_per_s:.2f} images/s, {remaining} remaining: "
-        f"{', '.join(losses) or 'no finite step'}"
+        f"{', '.join(numbers)}"
     )
 
 
@@ -166,19 +174,30 @@ class Console:
         if self.reference_point is None:
             self.reference_point = (step, time.monotonic())
 
-    def show(self, step: int, means: dict[str, float | None], images_per_s: float) -> None:
+    def show(
+        self,
+        step: int,
+        means: dict[str, float | None],
+        images_per_s: float,
+        learning_rate: float | None = None,
+    ) -> None:
         """Show numbers next to the progress bar, or write a line.
 
         Args:
             step: Number of updates so far.
             means: Losses and other scalars; None if no step was finite.
             images_per_s: Images per second without pauses.
+            learning_rate: Learning rate of the last update, if it is to be shown.
         """
         if self.bar.writes_lines and self.is_main_process:
             seconds = self.estimate_remaining_seconds(step)
-            self.bar.write_line(format_line(step, self.num_steps, images_per_s, seconds, means))
+            self.bar.write_line(
+                format_line(step, self.num_steps, images_per_s, seconds, means, learning_rate)
+            )
         else:
             numbers = {k: f"{value:.4f}" for k, value in means.items() if value is not None}
+            if learning_rate is not None:
+                numbers["lr"] = f"{learning_rate:.3g}"
             self.bar.set_postfix(numbers)
 
     def estimate_remaining_seconds(self, step: int) -> float | None:
@@ -236,6 +255,7 @@ class RunLog:
         means: Running means of the logged scalars.
         throughput: Measures the throughput.
         guard: Reports skipped steps.
+        schedule: The learning rate of each update.
         log_every: Steps between lines.
         owner: Confirms on the main process that no other process trains the run.
     """
@@ -246,6 +266,7 @@ class RunLog:
     means: MetricMeans
     throughput: Throughput
     guard: NonFiniteGuard
+    schedule: LearningRateSchedule
     log_every: int
     owner: RunOwner | None = None
     num_skipped: int = 0
@@ -329,11 +350,19 @@ class RunLog:
         self._collect_skipped_steps()
         means = self.means.compute()
         speed = self.throughput.measure(step)
-        row = {**self._position(step), **means, "skipped": self.num_skipped, **speed}
+        learning_rate = self.schedule.compute(step - 1)
+        row = {
+            **self._position(step),
+            **means,
+            "lr": learning_rate,
+            "skipped": self.num_skipped,
+            **speed,
+        }
         self.num_skipped = 0
         if self.console.is_main_process:
             self._append(row)
-            self.console.show(step, means, speed["images_per_s"])
+            shown_rate = None if self.schedule.is_fixed else learning_rate
+            self.console.show(step, means, speed["images_per_s"], shown_rate)
             self.trackers.log(row, step)
 
     def _position(self, step: int) -> dict[str, int]:

@@ -40,10 +40,15 @@ from training.shared_files import measure_files
 
 logger = get_logger(__name__)
 
+# Values that older code used where a checkpoint does not hold the flag.
+FORMER_VALUES = {
+    "optimizer": "adamw",
+    "lr_schedule": "constant",
+    "lr_warmup_steps": 0,
+    "qk_norm": False,
+}
+
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
-# Values that correspond to the behaviour of versions without these flags. Checkpoints of these
-# versions do not record them.
-FLAGS_OF_NEWER_VERSIONS = {"qk_norm": False}
 FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvaluationConfig)
 
 
@@ -217,8 +222,10 @@ def check_same_run(flags: dict, folder: Path) -> None:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
-    stored = FLAGS_OF_NEWER_VERSIONS | read_stored_flags(checkpoints[-1])
+    stored = FORMER_VALUES | read_stored_flags(checkpoints[-1])
     fixed = [key for key in flags if key not in _flags_that_may_change()]
+    if flags["lr_schedule"] != "constant":  # its learning rates depend on the length of the run
+        fixed.append("max_train_steps")
     changed = {
         key: f"--{key.replace('_', '-')}"
         for key in fixed
@@ -228,6 +235,8 @@ def check_same_run(flags: dict, folder: Path) -> None:
         changed = {"align": "--align"}
     if changed:
         differences = _describe_changes(changed, stored, flags)
+        if "max_train_steps" in changed:
+            differences += f" (--lr-schedule {flags['lr_schedule']} depends on it)"
         raise UserError(
             f"{folder} was started with other flags: {differences}. Choose another --exp-name, or "
             "pass the flags it was started with"

@@ -3,7 +3,6 @@
 import json
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,12 +19,11 @@ from latents.remote.local_copy import resolve_local_cache
 from training.alignment import Alignment
 from training.config import (
     DataConfig,
-    LogConfig,
-    LoopConfig,
     ModelConfig,
     Settings,
     autocast_dtype,
     check_batch_size,
+    check_warmup,
     resolve_num_steps,
 )
 from training.coordination import broadcast_object, fail_together, gather_objects
@@ -36,6 +34,7 @@ from training.joint_work import gather_on_first
 from training.log import Console, MetricMeans, RunLog, log_start, make_log_path
 from training.monitors import Monitors, restore_failures, run_trials
 from training.networks import Networks, build_networks, set_weights
+from training.optimizer import build_schedule
 from training.peak_rates import find_peak_rate
 from training.process_records import check_records, make_cache_record
 from training.resume import (
@@ -46,6 +45,7 @@ from training.resume import (
     check_same_run,
     find_position,
 )
+from training.schedule import LearningRateSchedule
 from training.sharding import make_sharding
 from training.shared_files import wait_for_files
 from training.state import TrainState
@@ -91,6 +91,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         record = make_cache_record(accelerator.process_index, cache)
     check_records(gather_objects(record), accelerator.process_index)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
+    check_warmup(settings.optimizer, settings.loop)
+    schedule = build_schedule(settings.optimizer, settings.loop, len(cache))
     flags = build_args_json(settings)
     folder = settings.run.folder
     if settings.print_config:
@@ -101,11 +103,10 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     num_steps = settings.loop.num_steps
     position = agree_on_position(settings, flags, accelerator.is_main_process)
     if position.step >= num_steps and not position.has_pending_work:
-        logger.info(
-            "%s has completed its %s steps; raise --max-train-steps to train further",
-            folder,
-            f"{position.step:,}",
-        )
+        remedy = "; raise --max-train-steps to train further"
+        if schedule.depends_on_length:
+            remedy = ""
+        logger.info("%s has completed its %s steps%s", folder, f"{position.step:,}", remedy)
         return None
 
     # Build networks, targets and monitors, and restore the newest checkpoint.
@@ -135,7 +136,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
 
     # Open the log at the step of the checkpoint.
     with fail_together():
-        log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks, position)
+        log = open_log(settings, schedule, flags, accelerator, networks, position)
     for line in describe_run(settings, accelerator, cache, networks):
         log.info(line)
     if position.checkpoints:
@@ -237,9 +238,8 @@ def open_cache(data: DataConfig, model: ModelConfig, make_copies: bool = True) -
 
 
 def open_log(
-    folder: Path,
-    loop: LoopConfig,
-    log_config: LogConfig,
+    settings: Settings,
+    schedule: LearningRateSchedule,
     flags: dict,
     accelerator: Accelerator,
     networks: Networks,
@@ -248,9 +248,8 @@ def open_log(
     """Open the log at the position of the run and start the trackers.
 
     Args:
-        folder: The run folder.
-        loop: Length of the run and batch size.
-        log_config: Settings of the log and the trackers.
+        settings: Settings of the run, with its length.
+        schedule: The learning rate of each update.
         flags: Contents of args.json, for the trackers.
         accelerator: The accelerator.
         networks: The networks of the run.
@@ -258,9 +257,10 @@ def open_log(
     """
     state = networks.state
     config = networks.config
+    folder = settings.run.folder
     device = accelerator.device
     dtype = autocast_dtype(accelerator.mixed_precision)
-    batch_size = loop.batch_size
+    batch_size = settings.loop.batch_size
     names = ["loss", "denoising"]
     for method in networks.alignments:
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
@@ -272,11 +272,15 @@ def open_log(
     if peak_rate:
         rates["mfu"] = peak_rate * accelerator.num_processes
     console = Console(
-        folder.name, loop.num_steps, state.step, batch_size, accelerator.is_main_process
+        folder.name,
+        settings.loop.num_steps,
+        state.step,
+        batch_size,
+        accelerator.is_main_process,
     )
     trackers = Trackers(accelerator, logger.info)
     trackers.start(
-        log_config.wandb_project,
+        settings.log.wandb_project,
         folder,
         config | flags,
         position.step,
@@ -293,7 +297,8 @@ def open_log(
             accelerator.mixed_precision == "fp16",
             *state.progress.get("bad_in_a_row", ()),
         ),
-        log_config.log_every,
+        schedule,
+        settings.log.log_every,
         networks.owner,
     )
     log.restore(state.step, state.progress)

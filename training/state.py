@@ -17,6 +17,7 @@ from models.sit import SiT, SiTConfig
 from training.alignment import build_aligned_network
 from training.config import DeviceConfig, OptimizerConfig
 from training.coordination import wait_for_all
+from training.optimizer import build_optimizer
 from training.sharding import Rows, Sharding
 
 
@@ -134,7 +135,7 @@ def build_state(
     Args:
         network: Architecture of the backbone.
         align: The "align" list of config.json, which describes the heads.
-        optimizer: Settings of AdamW and the EMAs.
+        optimizer: Settings of the optimizer and the EMAs.
         options: Whether to compile, and to checkpoint activations.
         seed: Seed of the initial weights.
         device: Device of the state.
@@ -159,15 +160,7 @@ def build_state(
             emas[0].compile_blocks()
     if sharding:
         sharding.apply(model, emas)
-    adamw = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=optimizer.learning_rate,
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        weight_decay=optimizer.adam_weight_decay,
-        eps=optimizer.adam_epsilon,
-        fused=True,
-    )
-    return TrainState(model, emas, adamw, sharding=sharding)
+    return TrainState(model, emas, build_optimizer(model, optimizer, sharding), sharding=sharding)
 
 
 def build_initial_network(network: SiTConfig, align: list[dict], seed: int) -> AlignedSiT:

@@ -49,14 +49,22 @@ class Result(NamedTuple):
     collectives: dict[str, int]  # of the last step
 
 
-def assert_close(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], run: str = ""
-) -> None:
-    """Check that tensors differ by at most 1e-6 relative to the norm of all of them.
+def get_tolerance(run: dict) -> float:
+    """Return the relative tolerance of losses and tensors of a run. Muon computes in bf16."""
+    return 1e-4 if "muon" in run["flags"] else 1e-6
 
-    The difference of each tensor is at most 1e-4 relative to its norm: AdamW scales up rounding
-    errors of biases that are initialized with zeros. The biases of keys are ignored, because
-    attention does not depend on them, so their gradients consist of rounding errors.
+
+def assert_close(
+    actual: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    run: str = "",
+    tolerance: float = 1e-6,
+) -> None:
+    """Check that tensors differ by at most `tolerance` relative to the norm of all of them.
+
+    The difference of each tensor is at most 100 times as large relative to its norm: AdamW scales
+    up rounding errors of biases that are initialized with zeros. The biases of keys are ignored,
+    because attention does not depend on them, so their gradients consist of rounding errors.
     """
     assert actual.keys() == expected.keys()
     squared_error = squared_norm = 0.0
@@ -68,8 +76,8 @@ def assert_close(
         squared_error += difference.square().sum().item()
         squared_norm += tensor.square().sum().item()
         error, norm = difference.norm().item(), tensor.norm().item()
-        assert error <= 1e-4 * norm, (run, name, error / norm)
-    assert squared_error <= 1e-12 * squared_norm, (run, squared_error / squared_norm)
+        assert error <= 100 * tolerance * norm, (run, name, error / norm)
+    assert squared_error <= tolerance**2 * squared_norm, (run, squared_error / squared_norm)
 
 
 def train_steps(accelerator: Accelerator, cache: Path, num_steps: int, flags: list[str]) -> Result:
@@ -111,8 +119,14 @@ def train_in_processes(
     return json.loads(results_file.read_text())
 
 
-def check_collectives(mode: str, counts: dict[str, int], depth: int, teacher_block: int) -> None:
-    """Check that a step with SRA communicates as often as docs/cluster/sharding.md states."""
+def check_collectives(
+    mode: str, counts: dict[str, int], depth: int, teacher_block: int, num_exchanges: int = 0
+) -> None:
+    """Check that a step with SRA communicates as often as docs/cluster/sharding.md states.
+
+    Muon has `num_exchanges` = 8: it exchanges the rows of four matrices per block, and their
+    updates.
+    """
     shard, _, num_micro_batches = mode.partition("+")
     student, teacher = depth + 1, teacher_block + 1  # blocks, and the parameters outside of blocks
     count = int(num_micro_batches or 1)
@@ -121,6 +135,7 @@ def check_collectives(mode: str, counts: dict[str, int], depth: int, teacher_blo
         gathers = student + teacher * count
     assert counts["_allgather_base_"] == gathers
     assert counts["_reduce_scatter_base_"] == student  # once, regardless of accumulation
+    assert counts.get("alltoall_base_", 0) == num_exchanges
     # Across nodes, gradients are reduced once as well.
     assert counts.get("allreduce_", 0) == (student if shard == "hybrid" else 0)
 
@@ -141,7 +156,7 @@ def main() -> None:
             result = train_steps(accelerator, Path(jobs["cache"]), run["num_steps"], flags)
             if mode == "none":
                 expected = result.tensors
-            assert_close(result.tensors, expected, f"{name}, {mode}")
+            assert_close(result.tensors, expected, f"{name}, {mode}", get_tolerance(run))
             results[name][mode] = {
                 "scalars": result.scalars,
                 "collectives": result.collectives,

@@ -12,6 +12,7 @@ from training import throughput as throughput_module
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, RunLog, drop_repeated_lines, format_line
 from training.peak_rates import find_peak_rate
+from training.schedule import LearningRateSchedule
 from training.throughput import Throughput
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def tracked():
 def make_log(tmp_path, tracked):
     """Return a function that opens the log of a run at a checkpoint, with lines every 3 steps."""
 
-    def make(step=0, progress=None) -> RunLog:
+    def make(step=0, progress=None, schedule=None) -> RunLog:
         progress = progress or {}
         log = RunLog(
             tmp_path,
@@ -40,6 +41,7 @@ def make_log(tmp_path, tracked):
             MetricMeans(["loss"], CPU, one_process, progress),
             Throughput(8, CPU, step, lambda start, end: 1.0, {"matmul_share": 1.0}),
             NonFiniteGuard(SimpleNamespace()),
+            schedule or LearningRateSchedule(1e-3, "constant", 0, 0.0, 12),
             log_every=3,
         )
         log.restore(step, progress)

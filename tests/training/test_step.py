@@ -18,6 +18,7 @@ OPTIONS = {
     "vanilla": "--align none",
     "accumulated": "--gradient-accumulation-steps 2 --align-t-range 0 0.5 --ema-decay 0.9 0.5",
     "stopped": "--align-stop-step 1 --prediction x --weighting lognormal",
+    "muon": "--optimizer muon --lr-schedule cosine --lr-warmup-steps 1",
     "recomputed": "--activation-checkpointing --align-loss smooth_l1 --align-target sample",
 }
 
