@@ -309,15 +309,15 @@ def test_contradictory_settings_of_several_encoders_are_rejected(settings, field
 
 def test_resumed_run_keeps_the_sources_of_several_encoders():
     features = {
-        f"{name}-64": {"encoder": name, "side": 64, "tokens_side": 4}
+        f"{name}-224": {"encoder": name, "side": 224, "tokens_side": 4}
         for name in ("test_vit", "test_vit2")
     }
     cache = CacheInfo(32, LatentScale(1.0, 0.0), [], [], has_images=True, features=features)
     settings = EncoderSettings("test_vit,test_vit2")
     plan = EncoderTokens.plan(settings, NETWORK, cache)
-    assert plan.record["from"] == ["features/test_vit-64", "features/test_vit2-64"]
+    assert plan.record["from"] == ["features/test_vit-224", "features/test_vit2-224"]
     assert plan.token_dim == {"0": 64, "1": 64}
-    record = plan.record | {"from": ["images", "features/test_vit2-64"], "side": [224, 64]}
+    record = plan.record | {"from": ["images", "features/test_vit2-224"]}
     restored = EncoderTokens.restore(settings, record)
     assert EncoderTokens.plan(restored, NETWORK, cache).record == record
     other = EncoderSettings("test_vit")  # the number of encoders has changed
