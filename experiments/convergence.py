@@ -20,6 +20,9 @@ reads the blocks from the file of --knobs.
 On a cluster, --data-dir is the cache of the training images (created with --keep-images, because
 REPA needs the images), and the cache of the held-out images has the same name with the suffix -val.
 --gather collects the measurements that runs on a cluster have made so far.
+
+--reuse FILE.json takes runs with the same name, seed and flags from an earlier result instead of
+executing them again, for example to add methods to a study.
 """
 
 import argparse
@@ -37,7 +40,13 @@ from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
 from experiments.cells import Cell, check_cells, is_finished, make_portable, open_cache
-from experiments.results import collect_runs, load_result, save_result, write_report
+from experiments.results import (
+    collect_runs,
+    find_recorded_runs,
+    load_result,
+    save_result,
+    write_report,
+)
 from experiments.scheduler import ROOT, check_no_failures, list_visible_gpus, run_cells
 from experiments.study_data import measure_floor, prepare_data
 from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
@@ -55,16 +64,34 @@ from experiments.study_probe import probe_run, read_probe
 logger = get_logger(__name__)
 
 
-def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
+Recorded = dict[Cell, dict]  # entries of an earlier result, from `find_recorded_runs`
+
+
+def execute_runs(
+    cells: list[Cell], recorded: Recorded, output_dir: Path, jobs: int
+) -> dict[str, str]:
+    """Execute the runs that an earlier result does not contain, and return the failed runs."""
+    missing = [cell for cell in cells if cell not in recorded]
+    check_cells(missing, output_dir)
+    return run_cells(missing, output_dir, jobs)
+
+
+def tune(plan: StudyPlan, recorded: Recorded, output_dir: Path, jobs: int, path: Path) -> None:
     """Choose the aligned block of each method, and write the blocks and the runs to `path`.
+
+    Args:
+        plan: The plan of the tuning runs.
+        recorded: Entries of an earlier result of --tune.
+        output_dir: The output directory of the study.
+        jobs: Maximum number of simultaneous runs.
+        path: The JSON file to write.
 
     Raises:
         UserError: If a run fails.
     """
     cells = plan.make_tuning_cells()
-    check_cells(cells, output_dir)
-    check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
-    runs = collect_runs(cells, output_dir)
+    check_no_failures(execute_runs(cells, recorded, output_dir, jobs), len(cells))
+    runs = collect_runs(cells, output_dir, recorded=recorded)
     metric = frechet_name(cells[0].parse_settings().evaluation.features)
     blocks = choose_blocks(runs, metric)
     settings = {
@@ -90,26 +117,41 @@ def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: i
 
 
 def run_study(
-    plan: StudyPlan, blocks: dict[str, int], output_dir: Path, jobs: int, path: Path
+    plan: StudyPlan,
+    blocks: dict[str, int],
+    recorded: Recorded,
+    output_dir: Path,
+    jobs: int,
+    path: Path,
 ) -> None:
     """Execute the unfinished runs of a study, and write the result to `path`.
+
+    Args:
+        plan: The plan of the study.
+        blocks: The aligned block of each method.
+        recorded: Entries of an earlier result.
+        output_dir: The output directory of the study.
+        jobs: Maximum number of simultaneous runs.
+        path: The JSON file to write.
 
     Raises:
         UserError: If a run fails. The result then contains the other runs.
     """
     cells = plan.make_study_cells(blocks)
-    check_cells(cells, output_dir)
-    failed = run_cells(cells, output_dir, jobs)
+    failed = execute_runs(cells, recorded, output_dir, jobs)
     cache = open_cache(plan.train_cache)
     time_methods(plan, cells, output_dir)
     for cell in cells:
         if is_finished(cell, output_dir):
             probe_run(output_dir / cell.run_name, cache)
-    write_result(plan, blocks, collect_runs(cells, output_dir), output_dir, path)
+    runs = collect_runs(cells, output_dir, recorded=recorded)
+    write_result(plan, blocks, runs, output_dir, path)
     check_no_failures(failed, len(cells))
 
 
-def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: Path) -> None:
+def gather_study(
+    plan: StudyPlan, blocks: dict[str, int], recorded: Recorded, output_dir: Path, path: Path
+) -> None:
     """Write the measurements that exist so far to `path`, without running anything.
 
     Raises:
@@ -117,7 +159,7 @@ def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path
     """
     cells = plan.make_study_cells(blocks)
     check_cells(cells, output_dir)
-    runs = collect_runs(cells, output_dir, include_unfinished=True)
+    runs = collect_runs(cells, output_dir, include_unfinished=True, recorded=recorded)
     if not has_baseline(runs):
         raise UserError(
             f"--output-dir {output_dir} contains no evaluation of vanilla SiT; rerun after its "
@@ -139,13 +181,13 @@ def write_result(
     Args:
         plan: The plan of the study.
         blocks: The aligned block of each method.
-        runs: The entries of the runs, without the results of the probes.
+        runs: The entries of the runs. Entries without the result of a probe are completed.
         output_dir: The output directory of the study.
         path: The JSON file to write.
     """
     for run in runs:
         run_name = Cell(run["name"], run["seed"], ()).run_name
-        run["probe"] = read_probe(output_dir / run_name)
+        run.setdefault("probe", read_probe(output_dir / run_name))
     save_result(path, "convergence", describe_study(plan, blocks, output_dir), runs)
     if has_baseline(runs):
         write_convergence_report(path)
@@ -261,6 +303,13 @@ def make_parser() -> cli.Parser:
         help="result of --tune with the aligned blocks (default: docs/study-SCALE-knobs.json)",
     )
     add(
+        "--reuse",
+        type=Path,
+        metavar="FILE.json",
+        help="earlier result (with --tune: of --tune), whose finished runs with the same name, "
+        "seed and flags are not repeated",
+    )
+    add(
         "--methods",
         nargs="+",
         choices=METHODS,
@@ -364,17 +413,22 @@ def main() -> None:
         return
     plan = make_plan(args, train_flags)
     blocks = {} if args.tune else read_blocks(plan, args.knobs)
+    cells = plan.make_tuning_cells() if args.tune else plan.make_study_cells(blocks)
+    recorded: Recorded = {}
+    if args.reuse:
+        study = "convergence-knobs" if args.tune else "convergence"
+        recorded = find_recorded_runs(cells, args.reuse, study)
     if args.print or (args.scale == "imagenet" and not args.gather):
-        cells = plan.make_tuning_cells() if args.tune else plan.make_study_cells(blocks)
-        print_commands(plan, cells, args.output_dir, args.gpus)
+        missing = [cell for cell in cells if cell not in recorded]
+        print_commands(plan, missing, args.output_dir, args.gpus)
     elif args.gather:
-        gather_study(plan, blocks, args.output_dir, args.out)
+        gather_study(plan, blocks, recorded, args.output_dir, args.out)
     else:
         prepare_data(args.scale, args.data_dir, args.images, args.encoder_weights)
         if args.tune:
-            tune(plan, args.output_dir, args.jobs, args.out)
+            tune(plan, recorded, args.output_dir, args.jobs, args.out)
         else:
-            run_study(plan, blocks, args.output_dir, args.jobs, args.out)
+            run_study(plan, blocks, recorded, args.output_dir, args.jobs, args.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,18 @@ from scipy import stats
 
 from common.cli import UserError
 from common.files import write_file
+from common.logs import get_logger
 from evaluations.runs import read_json, read_log
-from experiments.cells import Cell, is_finished, make_portable, read_record
+from experiments.cells import (
+    Cell,
+    describe_changes,
+    is_finished,
+    make_portable,
+    normalize_flags,
+    read_record,
+)
+
+logger = get_logger(__name__)
 
 RESULT_VERSION = 1  # version of the JSON format
 CONFIDENCE_LEVEL = 0.95  # of all intervals
@@ -23,7 +33,54 @@ CONFIDENCE_LEVEL = 0.95  # of all intervals
 TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 
 
-def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
+def find_recorded_runs(cells: list[Cell], path: Path, study: str) -> dict[Cell, dict]:
+    """Return the runs of an earlier result that equal runs of this study.
+
+    Runs are equal if they have the same name and seed, and if train.py parses the same settings
+    from their flags. Unfinished runs are ignored.
+
+    Args:
+        cells: The runs of this study.
+        path: The JSON file of the earlier result.
+        study: The kind of the result, which `load_result` checks.
+
+    Returns:
+        The entries of the earlier result.
+
+    Raises:
+        UserError: If the file is not such a result, or if it contains none of the runs.
+    """
+    entries = {
+        (run["name"], run["seed"]): run
+        for run in load_result(path, study)["runs"]
+        if run.get("finished", True)
+    }
+    recorded: dict[Cell, dict] = {}
+    changes = ""
+    for cell in cells:
+        entry = entries.get((cell.name, cell.seed))
+        if entry is None:
+            continue
+        flags = make_portable(cell.flags)
+        if normalize_flags(entry["flags"]) == normalize_flags(flags):
+            recorded[cell] = entry
+        else:
+            changes = f" ({cell.run_name}: {describe_changes(entry['flags'], flags)})"
+    if not recorded:
+        raise UserError(
+            f"--reuse {path} contains no finished run with the name, seed and flags of a run of "
+            f"this study{changes}; pass another file, or omit --reuse"
+        )
+    logger.info("%d of %d runs are taken from %s%s", len(recorded), len(cells), path, changes)
+    return recorded
+
+
+def collect_runs(
+    cells: list[Cell],
+    folder: Path,
+    include_unfinished: bool = False,
+    recorded: Mapping[Cell, dict] | None = None,
+) -> list[dict]:
     """Return the settings and the measurements of each run.
 
     Args:
@@ -31,6 +88,8 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
         folder: The output directory of the study.
         include_unfinished: Whether to include runs that have been evaluated but are not recorded as
             finished, for example because they ran on a cluster.
+        recorded: Entries of an earlier result for runs that are not finished in the folder (see
+            `find_recorded_runs`).
 
     Returns:
         One entry per run in the order of `cells`. If a run evaluates several EMAs, the entry
@@ -39,7 +98,9 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
     runs = []
     for cell in cells:
         is_done = is_finished(cell, folder)
-        if is_done or (include_unfinished and has_evaluations(folder / cell.run_name)):
+        if not is_done and recorded and cell in recorded:
+            runs.append(recorded[cell])
+        elif is_done or (include_unfinished and has_evaluations(folder / cell.run_name)):
             runs.append(summarize_run(cell, folder, is_done))
     return runs
 

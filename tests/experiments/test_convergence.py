@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -294,8 +295,9 @@ with open(folder / "metrics.jsonl", "w") as file:
 """
 
 
-def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypatch):
-    """The fake runs of SRA 2 have half the distance of vanilla SiT, which is a speed-up of 2."""
+@pytest.fixture
+def study(cache, tmp_path, monkeypatch) -> SimpleNamespace:
+    """A study with a fake train.py. SRA 2 has half the distance of vanilla SiT."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(scheduler, "ROOT", tmp_path)
     timed_methods = []
@@ -318,6 +320,13 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
     (data / "floor-5000.json").write_text('{"FD-fashion": 0.1, "class_agreement": 0.9}')
     flags = "--scale laptop --methods sra2-cosine --seeds 1 2 --max-train-steps 4"
     words = [*flags.split(), "--data-dir", data, "--output-dir", runs, "--out", result_path]
+    return SimpleNamespace(
+        words=words, data=data, runs=runs, path=result_path, timed_methods=timed_methods
+    )
+
+
+def test_study_is_executed_resumed_and_gathered(call, study, tmp_path, monkeypatch):
+    words, data, runs, result_path = study.words, study.data, study.runs, study.path
 
     # If a run fails, the result contains the other runs.
     (runs / "broken").touch()
@@ -352,10 +361,10 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
 
     # Steps are timed once for the same flags.
     monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)
-    assert timed_methods == [["vanilla", "sra2-cosine"]]
+    assert study.timed_methods == [["vanilla", "sra2-cosine"]]
     seconds = runs / "seconds.json"
     seconds.write_text(seconds.read_text().replace("1e-3", "2e-3"))
-    assert call(convergence, *words)[0] == 0 and len(timed_methods) == 2
+    assert call(convergence, *words)[0] == 0 and len(study.timed_methods) == 2
 
     # Runs on a cluster have no record, and the data may be on another machine.
     (runs / "sra2-cosine-seed1.json").unlink()
@@ -366,6 +375,52 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
     without_flops = {key: text for key, text in numbers.items() if not key.endswith(" FLOP")}
     assert format_numbers(gathered) == without_flops
     assert [run.get("finished") for run in gathered["runs"]] == [None, False, None, None]
+
+
+def test_runs_of_an_earlier_result_are_not_repeated(call, study, tmp_path, monkeypatch):
+    assert call(convergence, *study.words)[0] == 0
+    earlier = results.load_result(study.path, "convergence")
+    by_run = {(run["name"], run["seed"]): run for run in earlier["runs"]}
+    # A repeated flag with the same effect is no difference; another learning rate is.
+    by_run["vanilla", 1]["flags"] += ["--batch-size", "64"]
+    by_run["vanilla", 1]["seconds"] = 777.0
+    by_run["sra2-cosine", 2]["flags"] += ["--learning-rate", "3e-3"]
+    reused = tmp_path / "earlier.json"
+    results.save_result(reused, "convergence", {}, earlier["runs"])
+
+    words = [*study.words, "--methods", "sra2-cosine", "sra", "--reuse", reused]
+    words[words.index(study.runs)] = tmp_path / "more-runs"
+    code, out = call(convergence, *words, "--print")
+    assert code == 0 and len(re.findall("--exp-name (sra-|sra2-cosine-seed2)", out)) == 3
+    assert len(re.findall("^python", out, re.MULTILINE)) == 3, out
+
+    code, out = call(convergence, *words)
+    assert code == 0, out
+    assert sorted(path.name for path in (tmp_path / "more-runs").iterdir() if path.is_dir()) == [
+        "sra-seed1",
+        "sra-seed2",
+        "sra2-cosine-seed2",
+    ]
+    result = results.load_result(study.path, "convergence")
+    assert [(run["name"], run["seed"]) for run in result["runs"]] == [
+        (name, seed) for seed in (1, 2) for name in ("vanilla", "sra2-cosine", "sra")
+    ]
+    assert result["runs"][0] == by_run["vanilla", 1]
+    assert result["runs"][4]["flags"] == by_run["sra2-cosine", 1]["flags"]
+    assert all(run["probe"] for run in result["runs"])
+    assert study.timed_methods[-1] == ["vanilla", "sra2-cosine", "sra"]
+    assert all(method["step_s"] for method in result["methods"])
+
+    # --gather uses the earlier result too, and prefers a run that was repeated in the folder.
+    code, out = call(convergence, *words, "--gather")
+    gathered = results.load_result(study.path, "convergence")
+    assert code == 0 and gathered["runs"] == result["runs"]
+
+    # A result without any matching run is an error.
+    code, out = call(convergence, *words, "--seeds", 3)
+    assert code == 2 and "earlier.json contains no finished run with the name, seed and" in out
+    code, out = call(convergence, *words, "--seeds", 2, "--", "--learning-rate", "5e-3")
+    assert code == 2 and "--learning-rate was 3e-3 and is now 5e-3" in out
 
 
 def test_unfinished_runs_on_a_cluster_are_gathered(call, tmp_path):
