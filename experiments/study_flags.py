@@ -37,6 +37,17 @@ def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -
 
     plot_help = "existing result from which to regenerate the table and the figure"
     add("--plot", plot_help, type=Path, metavar="FILE.json")
+    add(
+        "--gather",
+        "write the measurements that exist so far, without running anything",
+        action="store_true",
+    )
+    add(
+        "--reuse",
+        "earlier result, whose finished runs with the same name, seed and flags are not repeated",
+        type=Path,
+        metavar="FILE.json",
+    )
     add("--print", "print the commands instead of running them", action="store_true")
     add("--data-dir", "latent cache, or folder that contains the caches", type=Path)
     add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
