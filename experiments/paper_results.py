@@ -1,6 +1,7 @@
 """Collect what exists of the paper's tables: values, comparability, progress and GPU-hours."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ from experiments.paper_tables import (
 )
 from experiments.results import compute_t_interval, round_float
 from experiments.speedup import count_images_needed
+from experiments.tasks import make_portable
 from training.throughput import training_flops
 
 NUM_RATES = 20  # log lines from which the speed of a run is measured
@@ -287,7 +289,7 @@ def summarize_runs(plan: PaperPlan, gpus: int) -> list[JsonObject]:
                 "run": planned.run.name,
                 "seed": planned.cell.seed,
                 "model": planned.run.model,
-                "command": planned.train.format_command(gpus),
+                "command": shlex.join(make_portable(["python", *planned.train.command])),
                 "steps_done": steps_done,
                 "steps": planned.steps[-1],
                 "images_per_s": round_float(rate) if rate else None,

@@ -399,7 +399,8 @@ if dependency:
 assert "#SBATCH --requeue" in text and "#SBATCH --signal=B:USR1@120" in text
 (array,) = (o.removeprefix("--array=") for o in options if o.startswith("--array="))
 job = str(100 + len(list(records.glob("job-*"))))
-(records / f"job-{job}").touch()
+stage = Path(script).stem
+(records / f"job-{job}").write_text(f"{stage} after {dependency[1] if dependency else None}")
 ok = True
 for index in array.split(","):
     for attempt in range(3):
@@ -483,6 +484,12 @@ def test_slurm_scripts_run_all_commands_in_order(call, tmp_path):
     commands = read_commands()
     programs_run = [words[0] if words[0] != "-m" else words[1] for words in commands]
     assert programs_run[:2] == ["preprocessing.encode_latents", "experiments.efficientnet_weights"]
+    submissions = [path.read_text() for path in sorted(records.glob("job-*"))]
+    assert submissions == ["encode after None", "train after 100"] + [
+        line
+        for k in range(4)
+        for line in (f"sample after 101_{k}", f"evaluate after {102 + 2 * k}")
+    ]
     # Each of the four runs is stopped once and requeued. Two checkpoints belong to one run.
     assert programs_run.count("train.py") == 2 * 4
     assert programs_run.count("sample_ddp.py") == programs_run.count("evaluations.evaluate") == 5
