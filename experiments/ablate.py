@@ -12,40 +12,23 @@ share is executed once. Flags after -- are passed to every run of train.py.
 
 import argparse
 import math
-import re
-import shlex
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from common import cli
 from common.cli import UserError
 from common.machine import count_available_cores
 from evaluations.compare import frechet_name
-from experiments.cells import Cell, check_cells, open_cache
-from experiments.panels import BASELINE, draw_figure, format_table
-from experiments.results import (
-    collect_final_values,
-    collect_runs,
-    load_result,
-    save_result,
-    write_report,
-)
-from experiments.scheduler import check_no_failures, list_visible_gpus, run_cells
+from experiments.ablation_grid import AXIS_TITLES, BASELINE, PAPER_AXES, build_grid
+from experiments.cells import Cell, open_cache
+from experiments.engine import Study
+from experiments.panels import draw_figure, format_table
+from experiments.paper_plan import PaperPlan
+from experiments.paper_tables import list_table_1
+from experiments.results import collect_final_values, load_result, write_report
+from experiments.scheduler import list_visible_gpus
 from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
-from models.sit import PRESETS, default_align_block
 
-PAPER_VANILLA_FID = 33.02
-AXIS_TITLES = {
-    "depth": "aligned block",
-    "t-range": "timesteps aligned",
-    "loss": "loss",
-    "weight": "weight of the loss",
-    "layers": "linear layers of the head",
-    "target": "target",
-    "schedule": "steps aligned",
-}
-PAPER_AXES = ("depth", "t-range", "loss", "weight", "layers")  # the axes of table 1
 DEMO_FLAGS = (
     "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --sampling-steps 0 --num-workers 0 "
     "--keep-last 1 --eval-samples 1000 --eval-reference assets/fashion-mnist/images.zip "
@@ -53,144 +36,11 @@ DEMO_FLAGS = (
 )
 
 
-class AxisValue(NamedTuple):
-    """A value of an axis: flags of train.py, and the FID that the paper reports for SiT-B/2."""
-
-    flags: str
-    paper_fid: float | None = None
-
-
-def list_axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
-    """Return the values of each axis by their labels.
-
-    Args:
-        model: A preset of models/sit.py. The paper's FIDs per aligned block apply only to
-            models with 12 blocks.
-        steps: Number of training steps.
-        demo: Whether to include weights that the paper does not report.
-    """
-    depth = PRESETS[model]["depth"]
-    paper_blocks = {round(depth * block / 12) for block in (2, 3, 6, 8)}
-    blocks = {default_align_block(model), *paper_blocks}
-    if depth <= 8:
-        blocks = set(range(1, depth + 1))
-    fid_of_block = {2: 28.89, 6: 32.44, 8: 36.20} if depth == 12 else {}
-    fid_of_weight = {1.0: 28.89, 0.1: 30.10}
-    weights = (0.1, 0.3, 1.0, 3.0) if demo else (1.0, 0.1)
-    return {
-        "depth": {
-            str(block): AxisValue(f"--align-depth {block}", fid_of_block.get(block))
-            for block in sorted(blocks)
-        },
-        "t-range": {
-            "[0, 1]": AxisValue("--align-t-range 0 1", 28.89),
-            "[0, 0.5]": AxisValue("--align-t-range 0 0.5", 30.04),
-            "[0.5, 1]": AxisValue("--align-t-range 0.5 1"),
-        },
-        "loss": {
-            "smooth_l1": AxisValue("--align-loss smooth_l1 --align-beta 0.05", 28.89),
-            "cosine": AxisValue("--align-loss cosine", 29.30),
-            "l2": AxisValue("--align-loss l2", 29.40),
-            "l1": AxisValue("--align-loss l1", 29.50),
-        },
-        "weight": {
-            f"{weight:g}": AxisValue(f"--align-weight {weight}", fid_of_weight.get(weight))
-            for weight in weights
-        },
-        "layers": {
-            "5": AxisValue("--projector-layers 5", 28.89),
-            "2": AxisValue("--projector-layers 2", 31.32),
-        },
-        "target": {
-            "mean": AxisValue("--align-target mean"),
-            "sample": AxisValue("--align-target sample"),
-            "mean, normalised": AxisValue("--align-target mean --align-normalize channel"),
-        },
-        "schedule": {
-            "all": AxisValue("--align-stop-step 0"),
-            "first half": AxisValue(f"--align-stop-step {max(1, steps // 2)}"),
-            "first quarter": AxisValue(f"--align-stop-step {max(1, steps // 4)}"),
-        },
-    }
-
-
-def list_best_labels(model: str) -> dict[str, str]:
-    """Return the label of the paper's best value on each axis."""
-    return {
-        "depth": str(default_align_block(model)),
-        "t-range": "[0, 1]",
-        "loss": "smooth_l1",
-        "weight": "1",
-        "layers": "5",
-        "target": "mean",
-        "schedule": "all",
-    }
-
-
-def build_grid(
-    axes: list[str], model: str, steps: int, demo: bool
-) -> tuple[dict[str, str], list[dict]]:
-    """Return the runs of a study.
-
-    Args:
-        axes: The axes to vary, keys of `AXIS_TITLES`.
-        model: A preset of models/sit.py.
-        steps: Number of training steps.
-        demo: Whether to include values that the paper does not report.
-
-    Returns:
-        The alignment flags by the name of the run (a run that several axes share occurs once), and
-        the "axes" entry of the result.
-    """
-    best = list_best_labels(model)
-    values = list_axis_values(model, steps, demo)
-    runs = {BASELINE: "--align none"}
-    panels = []
-    for axis in axes:
-        entries = []
-        for label, value in values[axis].items():
-            is_best = label == best[axis]
-            slug = re.sub("[^0-9a-z._]+", "-", label).strip("-")
-            name = "sra2" if is_best else f"{axis}-{slug}"
-            # For axes that the paper does not vary, the best values are the defaults of train.py.
-            flags = [
-                values[axis_name][selected_label].flags
-                for axis_name, selected_label in (best | {axis: label}).items()
-                if axis_name in PAPER_AXES or selected_label != best[axis_name]
-            ]
-            runs[name] = " ".join(["--align sra2", *flags])
-            entries.append(
-                {"label": label, "run": name, "usual": is_best, "paper": value.paper_fid}
-            )
-        paper_vanilla = PAPER_VANILLA_FID if axis in PAPER_AXES else None
-        panels.append(
-            {"name": axis, "title": AXIS_TITLES[axis], "paper": paper_vanilla, "values": entries}
-        )
-    return runs, panels
-
-
 def make_demo_flags(steps: int, evaluations: int) -> list[str]:
     """Return the flags that all runs on the bundled data share, as in the README."""
     interval = math.ceil(steps / evaluations)
     schedule = f"--max-train-steps {steps} --checkpointing-steps {interval} --eval-every {interval}"
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()
-
-
-def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
-    """Return the commands that train and evaluate a network on a cluster.
-
-    The commands draw 50,000 samples with 250 SDE steps and no guidance, and compute their FID.
-    """
-    name = cell.run_name
-    checkpoint = shlex.quote(str(folder / name))
-    torchrun = f"torchrun --nproc_per_node {gpus}"
-    return [
-        cell.make_command(folder, gpus),
-        f"{torchrun} sample_ddp.py --ckpt {checkpoint} --num-fid-samples 50000 --mode sde "
-        f"--num-steps 250 --name {name}",
-        f"{torchrun} -m evaluations.evaluate samples/{name}.npz "
-        "--reference VIRTUAL_imagenet256_labeled.npz",
-    ]
 
 
 def make_parser() -> cli.Parser:
@@ -275,6 +125,45 @@ def select_axes(result: dict, path: Path, axes: list[str]) -> dict:
     return result | {"axes": [panels[name] for name in panels if name in axes or not axes]}
 
 
+def make_study(args: argparse.Namespace, train_flags: list[str]) -> Study:
+    """Return the study on the bundled data."""
+    steps = args.max_train_steps
+    runs, panels = build_grid(args.axis, args.model, steps, demo=True)
+    shared = ["--data-dir", str(args.data_dir), "--model", args.model]
+    shared += [*make_demo_flags(steps, args.evaluations), *train_flags]
+    cells = [
+        Cell(name, seed, (*shared, *flags.split()))
+        for seed in args.seeds
+        for name, flags in runs.items()
+    ]
+    settings = {
+        "model": args.model,
+        "steps": steps,
+        "metric": frechet_name(cells[0].parse_settings().evaluation.features),
+        "axes": panels,
+    }
+
+    def report(path: Path) -> None:
+        write_ablation_report(load_result(path, "ablate"), path)
+
+    return Study(
+        "ablate", cells, args.output_dir, args.out, lambda runs: settings, report, BASELINE
+    )
+
+
+def print_table_1(args: argparse.Namespace, train_flags: list[str]) -> None:
+    """Print the commands of Table 1 of the paper (see experiments/paper.py)."""
+    table = list_table_1(args.model, args.max_train_steps, args.axis)
+    PaperPlan(
+        scale="imagenet",
+        tables=(table,),
+        seeds=tuple(args.seeds),
+        data_dir=args.data_dir,
+        output_dir=args.output_dir,
+        train_flags=tuple(train_flags),
+    ).print_run_commands(args.gpus)
+
+
 def write_ablation_report(result: dict, path: Path) -> None:
     """Write the table and the figure next to the JSON file, and print the table.
 
@@ -297,50 +186,23 @@ def main() -> None:
         write_ablation_report(select_axes(result, args.plot, args.axis), args.plot)
         return
 
-    # List the runs.
-    demo = args.scale == "demo"
-    steps = args.max_train_steps
-    runs, panels = build_grid(args.axis, args.model, steps, demo)
-    scale_flags = f"--batch-size 256 --max-train-steps {steps}".split()  # as in SiT and REPA
-    if demo:
-        scale_flags = make_demo_flags(steps, args.evaluations)
-    shared = ["--data-dir", str(args.data_dir), "--model", args.model, *scale_flags, *train_flags]
-    cells = [
-        Cell(name, seed, (*shared, *flags.split()))
-        for seed in args.seeds
-        for name, flags in runs.items()
-    ]
-    folder = args.output_dir
-    if args.print:
-        lines = []
-        for cell in cells:
-            commands = (
-                [cell.make_command(folder)] if demo else list_commands(cell, folder, args.gpus)
-            )
-            lines += [f"# {cell.name}, seed {cell.seed}", *commands, ""]
-        print(*lines, sep="\n")
+    if args.scale == "imagenet":
+        print_table_1(args, train_flags)
         return
-
-    # Check and execute the runs.
-    check_cells(cells, folder)
-    try:
-        open_cache(args.data_dir)
-    except UserError as error:
-        raise UserError(f"{error}; `make demo` creates the latents of the bundled data") from None
-    failed = run_cells(cells, folder, args.jobs)
-
-    # Write the result of the finished runs.
-    entries = collect_runs(cells, folder)
-    settings = {
-        "model": args.model,
-        "steps": steps,
-        "metric": frechet_name(cells[0].parse_settings().evaluation.features),
-        "axes": panels,
-    }
-    save_result(args.out, "ablate", settings, entries)
-    if not failed or any(entry["name"] == BASELINE for entry in entries):
-        write_ablation_report(load_result(args.out, "ablate"), args.out)
-    check_no_failures(failed, len(cells))
+    study = make_study(args, train_flags)
+    study.reuse(args.reuse)
+    if args.print:
+        study.print_commands()
+    elif args.gather:
+        study.gather()
+    else:
+        study.check()
+        try:
+            open_cache(args.data_dir)
+        except UserError as error:
+            message = f"{error}; `make demo` creates the latents of the bundled data"
+            raise UserError(message) from None
+        study.run(args.jobs)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ depend only on the --seed of train.py. Differences between such runs are therefo
 other flags.
 """
 
-import shlex
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import UserError
-from common.files import lock
-from evaluations.runs import read_json, read_log
+from evaluations.runs import read_json
+from experiments.tasks import Task, make_portable
 from latents.cache import CacheError, LatentCache
 from training.config import (
     Settings,
@@ -56,6 +54,21 @@ class Cell(NamedTuple):
         check_batch_size(settings.loop, num_processes)
         return settings
 
+    def make_task(
+        self, folder: Path, inputs: tuple[Path, ...] = (), outputs: tuple[Path, ...] = ()
+    ) -> Task:
+        """Return the task that executes the run (see `Task`)."""
+        loop = self.parse_settings().loop
+        return Task(
+            self.run_name,
+            ("train.py", *self.make_train_flags(folder)),
+            inputs,
+            outputs,
+            flags=tuple(make_portable(self.flags)),
+            run=folder / self.run_name,
+            total_images=loop.num_steps * loop.batch_size,
+        )
+
     def make_command(self, folder: Path, gpus: int = 1) -> str:
         """Return the command that executes the run on all GPUs of a machine.
 
@@ -63,10 +76,7 @@ class Cell(NamedTuple):
             UserError: If train.py would reject the flags.
         """
         self.parse_settings(gpus)
-        launcher = "python"
-        if gpus > 1:
-            launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
-        return f"{launcher} train.py {shlex.join(self.make_train_flags(folder))}"
+        return self.make_task(folder).format_command(gpus)
 
 
 def open_cache(*folders: Path) -> LatentCache:
@@ -127,53 +137,11 @@ def group_by_flag(arguments: Iterable[str]) -> dict[str, str]:
     return values
 
 
-def make_portable(arguments: Iterable[str]) -> list[str]:
-    """Remove paths that are specific to this machine from a command line.
-
-    Absolute paths are replaced by paths relative to the working directory, or by the file name if
-    they are outside of it.
-    """
-    portable = []
-    for argument in arguments:
-        flag, equals, value = (
-            argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-        )
-        path = Path(value)
-        if path.is_relative_to(Path.cwd()):
-            value = str(path.relative_to(Path.cwd()))
-        elif path.is_absolute():
-            value = path.name
-        portable.append(flag + equals + value)
-    return portable
-
-
 def read_record(cell: Cell, folder: Path) -> dict:
-    """Return the record that this module writes for a run, or {} if there is none.
-
-    The record contains the flags, the machine, the commits, the elapsed seconds, and whether the
-    run is finished.
-    """
+    """Return the record of a run (see `Task.read_record`), or {} if there is none."""
     return read_json(folder / f"{cell.run_name}.json")
 
 
 def is_finished(cell: Cell, folder: Path) -> bool:
     """Return whether a run is recorded as finished."""
     return read_record(cell, folder).get("finished", False)
-
-
-def is_running(cell: Cell, folder: Path) -> bool:
-    """Return whether a process is training this run, for example after the study was killed."""
-    path = folder / cell.run_name / ".lock"
-    try:
-        with lock(path) if path.exists() else nullcontext():
-            return False
-    except BlockingIOError:
-        return True
-
-
-def count_images(cell: Cell, folder: Path) -> int:
-    """Return the number of images that a run has been trained on, or 0 if it has no log."""
-    with suppress(UserError):
-        steps, evaluations = read_log(folder / cell.run_name)
-        return max(row["images"] for row in (*steps, *evaluations))
-    return 0

@@ -39,15 +39,10 @@ from common.logs import get_logger
 from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
-from experiments.cells import Cell, check_cells, is_finished, make_portable, open_cache
-from experiments.results import (
-    collect_runs,
-    find_recorded_runs,
-    load_result,
-    save_result,
-    write_report,
-)
-from experiments.scheduler import ROOT, check_no_failures, list_visible_gpus, run_cells
+from experiments.cells import Cell, is_finished, open_cache
+from experiments.engine import Study
+from experiments.results import load_result, write_report
+from experiments.scheduler import ROOT, list_visible_gpus
 from experiments.study_data import measure_floor, prepare_data
 from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
 from experiments.study_page import draw_figure, format_tables
@@ -60,150 +55,64 @@ from experiments.study_plan import (
     read_blocks,
 )
 from experiments.study_probe import probe_run, read_probe
+from experiments.tasks import make_portable
 
 logger = get_logger(__name__)
 
 
-Recorded = dict[Cell, dict]  # entries of an earlier result, from `find_recorded_runs`
-
-
-def execute_runs(
-    cells: list[Cell], recorded: Recorded, output_dir: Path, jobs: int
-) -> dict[str, str]:
-    """Execute the runs that an earlier result does not contain, and return the failed runs."""
-    missing = [cell for cell in cells if cell not in recorded]
-    check_cells(missing, output_dir)
-    return run_cells(missing, output_dir, jobs)
-
-
-def tune(plan: StudyPlan, recorded: Recorded, output_dir: Path, jobs: int, path: Path) -> None:
-    """Choose the aligned block of each method, and write the blocks and the runs to `path`.
-
-    Args:
-        plan: The plan of the tuning runs.
-        recorded: Entries of an earlier result of --tune.
-        output_dir: The output directory of the study.
-        jobs: Maximum number of simultaneous runs.
-        path: The JSON file to write.
-
-    Raises:
-        UserError: If a run fails.
-    """
+def make_tuning(plan: StudyPlan, output_dir: Path, path: Path) -> Study:
+    """Return the study that chooses the aligned block of each method. `path` is its result."""
     cells = plan.make_tuning_cells()
-    run_first_stage(plan, {}, output_dir, jobs)
-    check_no_failures(execute_runs(cells, recorded, output_dir, jobs), len(cells))
-    runs = collect_runs(cells, output_dir, recorded=recorded)
     metric = frechet_name(cells[0].parse_settings().evaluation.features)
-    blocks = choose_blocks(runs, metric)
-    settings = {
-        "scale": plan.scale,
-        "model": plan.model,
-        "steps": plan.steps,
-        "metric": metric,
-        "knobs": blocks,
-    }
-    save_result(path, "convergence-knobs", settings, runs)
+
+    def describe(runs: list[dict]) -> dict:
+        return {
+            "scale": plan.scale,
+            "model": plan.model,
+            "steps": plan.steps,
+            "metric": metric,
+            "knobs": choose_blocks(runs, metric),
+        }
+
+    first_cells = plan.make_first_stage_cells({})
+    return Study("convergence-knobs", cells, output_dir, path, describe, first_cells=first_cells)
+
+
+def print_blocks(path: Path) -> None:
+    """Print the blocks in a result of --tune."""
+    blocks = load_result(path, "convergence-knobs")["knobs"]
     block_list = ", ".join(f"{name} block {block}" for name, block in blocks.items())
     print(f"{path}: {block_list}; pass this file as --knobs")
 
 
-def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:
-    """Print one training command per run. On a cluster, a command uses all GPUs of a machine."""
-    if plan.scale != "imagenet":
-        gpus = 1
-        if not (plan.data_dir / "ready.json").exists():
-            print(f"# run the study without --print to create {plan.data_dir}")
-    for cell in cells:
-        print(cell.make_command(output_dir, gpus))
+def make_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: Path) -> Study:
+    """Return the study of the methods with the given aligned blocks. `path` is its result."""
+
+    def describe(runs: list[dict]) -> dict:
+        for run in runs:
+            run_name = Cell(run["name"], run["seed"], ()).run_name
+            run.setdefault("probe", read_probe(output_dir / run_name))
+        return describe_study(plan, blocks, output_dir)
+
+    return Study(
+        "convergence",
+        plan.make_study_cells(blocks),
+        output_dir,
+        path,
+        describe,
+        write_convergence_report,
+        BASELINE,
+        first_cells=plan.make_first_stage_cells(blocks),
+    )
 
 
-def run_study(
-    plan: StudyPlan,
-    blocks: dict[str, int],
-    recorded: Recorded,
-    output_dir: Path,
-    jobs: int,
-    path: Path,
-) -> None:
-    """Execute the unfinished runs of a study, and write the result to `path`.
-
-    Args:
-        plan: The plan of the study.
-        blocks: The aligned block of each method.
-        recorded: Entries of an earlier result.
-        output_dir: The output directory of the study.
-        jobs: Maximum number of simultaneous runs.
-        path: The JSON file to write.
-
-    Raises:
-        UserError: If a run fails. The result then contains the other runs.
-    """
-    cells = plan.make_study_cells(blocks)
-    run_first_stage(plan, blocks, output_dir, jobs)
-    failed = execute_runs(cells, recorded, output_dir, jobs)
+def measure_methods(plan: StudyPlan, study: Study) -> None:
+    """Time a step of each method, and probe the finished runs."""
     cache = open_cache(plan.train_cache)
-    time_methods(plan, cells, output_dir)
-    for cell in cells:
-        if is_finished(cell, output_dir):
-            probe_run(output_dir / cell.run_name, cache)
-    runs = collect_runs(cells, output_dir, recorded=recorded)
-    write_result(plan, blocks, runs, output_dir, path)
-    check_no_failures(failed, len(cells))
-
-
-def run_first_stage(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, jobs: int) -> None:
-    """Train the frozen network of Self-Transcendence, if this method is compared.
-
-    Raises:
-        UserError: If the run fails.
-    """
-    cells = plan.make_first_stage_cells(blocks)
-    check_cells(cells, output_dir)
-    check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
-
-
-def gather_study(
-    plan: StudyPlan, blocks: dict[str, int], recorded: Recorded, output_dir: Path, path: Path
-) -> None:
-    """Write the measurements that exist so far to `path`, without running anything.
-
-    Raises:
-        UserError: If vanilla SiT has not been evaluated.
-    """
-    cells = plan.make_study_cells(blocks)
-    check_cells(cells, output_dir)
-    runs = collect_runs(cells, output_dir, include_unfinished=True, recorded=recorded)
-    if not has_baseline(runs):
-        raise UserError(
-            f"--output-dir {output_dir} contains no evaluation of vanilla SiT; rerun after its "
-            "first evaluation"
-        )
-    write_result(plan, blocks, runs, output_dir, path)
-
-
-def has_baseline(runs: list[dict]) -> bool:
-    """Return whether vanilla SiT is among the runs."""
-    return any(run["name"] == BASELINE for run in runs)
-
-
-def write_result(
-    plan: StudyPlan, blocks: dict[str, int], runs: list[dict], output_dir: Path, path: Path
-) -> None:
-    """Write the result of a study, and the report if the runs include the baseline.
-
-    Args:
-        plan: The plan of the study.
-        blocks: The aligned block of each method.
-        runs: The entries of the runs. Entries without the result of a probe are completed.
-        output_dir: The output directory of the study.
-        path: The JSON file to write.
-    """
-    for run in runs:
-        run_name = Cell(run["name"], run["seed"], ()).run_name
-        run.setdefault("probe", read_probe(output_dir / run_name))
-    save_result(path, "convergence", describe_study(plan, blocks, output_dir), runs)
-    if has_baseline(runs):
-        write_convergence_report(path)
+    time_methods(plan, study.cells, study.folder)
+    for cell in study.cells:
+        if is_finished(cell, study.folder):
+            probe_run(study.folder / cell.run_name, cache)
 
 
 def count_cached_images(path: Path) -> int | None:
@@ -303,11 +212,6 @@ def make_parser() -> cli.Parser:
         "--tune",
         action="store_true",
         help="choose the aligned block of each method, using different seeds from the study",
-    )
-    add(
-        "--gather",
-        action="store_true",
-        help="write the measurements that exist so far, without running anything",
     )
     add(
         "--knobs",
@@ -429,24 +333,26 @@ def main() -> None:
         write_convergence_report(args.plot)
         return
     plan = make_plan(args, train_flags)
-    blocks = {} if args.tune else read_blocks(plan, args.knobs)
-    cells = plan.make_tuning_cells() if args.tune else plan.make_study_cells(blocks)
-    recorded: Recorded = {}
-    if args.reuse:
-        study = "convergence-knobs" if args.tune else "convergence"
-        recorded = find_recorded_runs(cells, args.reuse, study)
-    if args.print or (args.scale == "imagenet" and not args.gather):
-        missing = [cell for cell in cells if cell not in recorded]
-        missing = [*plan.make_first_stage_cells(blocks), *missing]
-        print_commands(plan, missing, args.output_dir, args.gpus)
+    if args.tune:
+        study = make_tuning(plan, args.output_dir, args.out)
+    else:
+        blocks = read_blocks(plan, args.knobs)
+        study = make_study(plan, blocks, args.output_dir, args.out)
+    study.reuse(args.reuse)
+    imagenet = args.scale == "imagenet"
+    if args.print or (imagenet and not args.gather):
+        if not imagenet and not (plan.data_dir / "ready.json").exists():
+            print(f"# run the study without --print to create {plan.data_dir}")
+        study.print_commands(args.gpus if imagenet else 1)
     elif args.gather:
-        gather_study(plan, blocks, recorded, args.output_dir, args.out)
+        study.gather()
     else:
         prepare_data(args.scale, args.data_dir, args.images, args.encoder_weights)
         if args.tune:
-            tune(plan, recorded, args.output_dir, args.jobs, args.out)
+            study.run(args.jobs)
+            print_blocks(args.out)
         else:
-            run_study(plan, blocks, recorded, args.output_dir, args.jobs, args.out)
+            study.run(args.jobs, lambda: measure_methods(plan, study))
 
 
 if __name__ == "__main__":

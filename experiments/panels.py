@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.ablation_grid import BASELINE
 from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.results import Estimate, collect_final_values, compute_paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BASELINE = "none"  # name of the runs without alignment
 MAX_COLUMNS = 4  # maximum number of panels per row of the figure
 
 Values = dict[str, dict[int, float]]  # values by the name of the run and the seed

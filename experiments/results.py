@@ -20,10 +20,10 @@ from experiments.cells import (
     Cell,
     describe_changes,
     is_finished,
-    make_portable,
     normalize_flags,
     read_record,
 )
+from experiments.tasks import make_portable
 
 logger = get_logger(__name__)
 

@@ -1,5 +1,6 @@
-"""Execute the runs of a study in train.py processes, several at a time."""
+"""Execute the commands of a study in processes of their own, several at a time."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,14 +20,7 @@ from common.files import lock, write_file
 from common.logs import get_logger
 from common.machine import count_available_cores
 from common.progress import ProgressBar
-from experiments.cells import (
-    Cell,
-    count_images,
-    is_finished,
-    is_running,
-    make_portable,
-    read_record,
-)
+from experiments.tasks import Task
 from training.preemption import StopRequest, stop_on_signal
 
 logger = get_logger(__name__)
@@ -53,26 +48,42 @@ def list_visible_gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-class TrainingProcess:
-    """A train.py process that executes a cell, and the record of the run.
+def is_running(task: Task, folder: Path) -> bool:
+    """Return whether a process executes this task, for example after the study was killed.
+
+    The process holds a lock on its log, which it inherits as its standard output.
+    """
+    path = task.log_path(folder)
+    if not path.exists():
+        return False
+    with path.open("rb") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+class TaskProcess:
+    """A process that executes a task, and the record of the task.
 
     The process runs in a new session, so that it does not receive Ctrl-C from the terminal.
 
     Args:
-        cell: The run to execute.
+        task: The task to execute.
         folder: The output directory of the study.
         num_threads: Number of CPU threads of the process.
-        gpu: The GPU of the process, or None to use the CPU.
+        gpus: The GPUs of the process. Without GPUs, it uses the CPU.
     """
 
-    def __init__(self, cell: Cell, folder: Path, num_threads: int, gpu: str | None):
-        self.cell = cell
-        self.record_path = folder / f"{cell.run_name}.json"
-        previous = read_record(cell, folder)
+    def __init__(self, task: Task, folder: Path, num_threads: int, gpus: Sequence[str]):
+        self.task = task
+        self.folder = folder
+        previous = task.read_record(folder)
         self.start_time = time.monotonic() - previous.get("seconds", 0.0)
-        machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
+        machine = describe_machine(torch.device("cuda" if gpus else "cpu"))
         self.record = {
-            "flags": make_portable(cell.flags),
+            "flags": list(task.flags),
             "machine": machine | {"cpu_threads": num_threads},
             "commits": list(dict.fromkeys([*previous.get("commits", []), get_current_commit()])),
         }
@@ -82,12 +93,13 @@ class TrainingProcess:
             "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
         }
-        if gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        self.log_path = folder / f"{cell.run_name}.log"
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        self.log_path = task.log_path(folder)
         with self.log_path.open("ab") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `is_running`
             self.popen = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *cell.make_train_flags(folder)],
+                make_command(task, len(gpus)),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -96,10 +108,10 @@ class TrainingProcess:
             )
 
     def write_record(self, finished: bool) -> None:
-        """Write the record of the run (see `read_record`)."""
+        """Write the record of the task (see `Task.read_record`)."""
         seconds = round(time.monotonic() - self.start_time, 1)
         record = self.record | {"seconds": seconds, "finished": finished}
-        write_file(self.record_path, json.dumps(record).encode())
+        write_file(self.task.record_path(self.folder), json.dumps(record).encode())
 
     def close(self) -> str | None:
         """Record the outcome of an exited process, and return its error message or None."""
@@ -115,58 +127,96 @@ class TrainingProcess:
         return lines[-1].rstrip() if lines else f"exited with code {code}"
 
 
+def make_command(task: Task, num_gpus: int) -> list[str]:
+    """Return the command that executes a task with one process per GPU."""
+    program, *arguments = task.command
+    words = [program] if program == "-m" else [str(ROOT / program)]
+    command = [sys.executable]
+    if num_gpus > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        command.append(str(num_gpus))
+    return [*command, *words, *arguments]
+
+
 class Scheduler:
-    """Starts one process per unfinished run, at most `jobs` at a time, and shows the progress.
+    """Starts one process per unfinished task, at most `jobs` at a time, and shows the progress.
 
     Args:
-        cells: The runs of the study.
+        tasks: The tasks of the study.
         folder: The output directory of the study.
         jobs: Maximum number of simultaneous processes.
+        gpus_per_task: Number of GPUs of a task. Without GPUs, a task uses the CPU.
     """
 
-    def __init__(self, cells: list[Cell], folder: Path, jobs: int):
+    def __init__(self, tasks: Sequence[Task], folder: Path, jobs: int, gpus_per_task: int = 1):
         self.folder = folder
+        self.tasks = tasks
         self.gpus = list_visible_gpus()
+        self.gpus_per_task = gpus_per_task
         self.num_threads = max(1, count_available_cores() // jobs)
-        self.pending = [cell for cell in cells if not is_finished(cell, folder)]
-        self.slots: list[TrainingProcess | None] = [None] * jobs
-        self.errors_by_run: dict[str, str] = {}  # name of a failed run -> error message
+        self.pending = [task for task in tasks if not task.is_finished(folder)]
+        self.slots: list[TaskProcess | None] = [None] * jobs
+        self.errors: dict[str, str] = {}  # name of a failed task -> error message
         self.is_stopping = False
         self.progress_time = 0.0  # time of the last update of the progress bar
-        loops = {cell: cell.parse_settings().loop for cell in cells}
-        self.total_images = {cell: loop.num_steps * loop.batch_size for cell, loop in loops.items()}
 
     @property
-    def running_processes(self) -> list[TrainingProcess]:
+    def running_processes(self) -> list[TaskProcess]:
         """The processes whose outcome has not been recorded yet."""
         return [process for process in self.slots if process]
 
     def run(self, request: StopRequest, bar: ProgressBar) -> None:
-        """Execute all runs. After a stop request, stop the running processes and wait for them."""
+        """Execute all tasks. After a stop request, stop the running processes and wait for them."""
         while self.running_processes or (self.pending and not request.name):
             if not request.name:
                 self.start_processes()
+                if not self.running_processes and not self.can_continue():
+                    break
             elif not self.is_stopping:
                 self.stop_processes()
             time.sleep(POLL_SECONDS)
             has_changed = self.close_processes()
             if has_changed or time.monotonic() - self.progress_time > PROGRESS_SECONDS:
                 self.show_progress(bar, has_changed)
+        if not request.name:
+            for task in self.pending:
+                self.errors[task.name] = f"needs {task.find_missing_input()}, which does not exist"
+
+    def can_continue(self) -> bool:
+        """Return whether a pending task can start, now or after a process of a killed study."""
+        return any(
+            not task.find_missing_input() or is_running(task, self.folder) for task in self.pending
+        )
 
     def start_processes(self) -> None:
-        """Start pending runs in the free slots."""
+        """Start pending tasks in the free slots."""
         for slot, process in enumerate(self.slots):
-            startable_cells = (cell for cell in self.pending if not is_running(cell, self.folder))
-            if not process and (cell := next(startable_cells, None)):
-                self.pending.remove(cell)
-                gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
-                self.slots[slot] = TrainingProcess(cell, self.folder, self.num_threads, gpu)
+            if process:
+                continue
+            # A process of a killed study may have finished a task in the meantime.
+            self.pending = [task for task in self.pending if not task.is_finished(self.folder)]
+            startable_tasks = (
+                task
+                for task in self.pending
+                if not task.find_missing_input() and not is_running(task, self.folder)
+            )
+            if task := next(startable_tasks, None):
+                self.pending.remove(task)
+                gpus = self.select_gpus(slot)
+                self.slots[slot] = TaskProcess(task, self.folder, self.num_threads, gpus)
+
+    def select_gpus(self, slot: int) -> list[str]:
+        """Return the GPUs of the processes in a slot."""
+        if not self.gpus:
+            return []
+        first = slot * self.gpus_per_task
+        return [self.gpus[(first + k) % len(self.gpus)] for k in range(self.gpus_per_task)]
 
     def stop_processes(self) -> None:
         """Send SIGTERM to all processes; train.py then saves a checkpoint and exits."""
         self.is_stopping = True
         num_running = len(self.running_processes)
-        logger.info("stopping: %d runs are saving checkpoints", num_running)
+        logger.info("stopping: waiting for %d processes to save their work", num_running)
         # A second Ctrl-C raises KeyboardInterrupt instead of waiting for the processes.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.send_signal(signal.SIGTERM)
@@ -186,54 +236,64 @@ class Scheduler:
             self.slots[self.slots.index(process)] = None
             error = process.close()
             if error and not self.is_stopping:
-                self.errors_by_run[process.cell.run_name] = error
-                logger.info("%s: %s (%s)", process.cell.run_name, error, process.log_path)
+                self.errors[process.task.name] = error
+                logger.info("%s: %s (%s)", process.task.name, error, process.log_path)
         return bool(exited_processes)
 
     def count_images(self) -> int:
         """Return the total number of images that the runs have been trained on so far."""
-        return sum(
-            total if is_finished(cell, self.folder) else count_images(cell, self.folder)
-            for cell, total in self.total_images.items()
-        )
+        return sum(task.count_images(self.folder) for task in self.tasks)
 
     def show_progress(self, bar: ProgressBar, refresh: bool) -> None:
-        """Update the progress bar from the records and logs of the runs."""
+        """Update the progress bar from the records and logs of the tasks."""
         self.progress_time = time.monotonic()
-        num_finished = sum(is_finished(cell, self.folder) for cell in self.total_images)
-        description = f"{num_finished} of {len(self.total_images)} runs"
-        if self.errors_by_run:
-            description += f", {len(self.errors_by_run)} failed"
+        num_finished = sum(task.is_finished(self.folder) for task in self.tasks)
+        description = f"{num_finished} of {len(self.tasks)} tasks"
+        if self.errors:
+            description += f", {len(self.errors)} failed"
         bar.set_description(description, refresh=refresh)
         bar.update(self.count_images() - bar.n)
 
 
-def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
-    """Execute the unfinished runs.
-
-    A failed run does not affect the other runs. On Ctrl-C or a stop signal, all runs save a
-    checkpoint and stop, and the next call resumes them.
-
-    Args:
-        cells: The runs of the study.
-        folder: The output directory of the study.
-        jobs: Maximum number of simultaneous runs.
-
-    Returns:
-        The error messages of the failed runs, by the name of the run.
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock the output directory of a study.
 
     Raises:
         UserError: If another process is running a study in the folder.
     """
-    scheduler = Scheduler(cells, folder, jobs)
+    busy = UserError(
+        f"{folder}: another process is running a study there; stop it or choose another folder"
+    )
+    with lock(folder / ".lock", busy):
+        yield
+
+
+def run_tasks(
+    tasks: Sequence[Task], folder: Path, jobs: int, gpus_per_task: int = 1
+) -> dict[str, str]:
+    """Execute the unfinished tasks. A task starts when the inputs that it needs exist.
+
+    A failed task affects only the tasks that need its outputs. On Ctrl-C or a stop signal, all
+    processes are stopped; runs of train.py save a checkpoint. The next call resumes them.
+
+    Args:
+        tasks: The tasks of the study.
+        folder: The output directory of the study.
+        jobs: Maximum number of simultaneous processes.
+        gpus_per_task: Number of GPUs of a task, if there are GPUs.
+
+    Returns:
+        The error messages of the failed tasks, by the name of the task.
+
+    Raises:
+        UserError: If another process is running a study in the folder.
+    """
+    scheduler = Scheduler(tasks, folder, jobs, gpus_per_task)
     with ExitStack() as resources:
-        busy = UserError(
-            f"--output-dir {folder}: another process is running a study there; stop it or "
-            "choose another folder"
-        )
-        resources.enter_context(lock(folder / ".lock", busy))
+        resources.enter_context(lock_folder(folder))
         bar = ProgressBar(
-            total=sum(scheduler.total_images.values()),
+            total=sum(task.total_images for task in tasks),
             initial=scheduler.count_images(),
             unit="img",
             unit_scale=True,
@@ -249,13 +309,13 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
         raise KeyboardInterrupt
     if request.name:
         sys.exit(EXIT_STOPPED)
-    return scheduler.errors_by_run
+    return scheduler.errors
 
 
-def check_no_failures(errors_by_run: dict[str, str], num_cells: int) -> None:
-    """Raise UserError if runs failed. `errors_by_run` is the return value of `run_cells`."""
-    if errors_by_run:
+def check_no_failures(errors: dict[str, str], num_tasks: int) -> None:
+    """Raise UserError if tasks failed. `errors` is the return value of `run_tasks`."""
+    if errors:
         raise UserError(
-            f"{len(errors_by_run)} of {num_cells} runs failed ({', '.join(errors_by_run)}); rerun "
+            f"{len(errors)} of {num_tasks} tasks failed ({', '.join(errors)}); rerun "
             "the same command to retry them"
         )

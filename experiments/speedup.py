@@ -98,6 +98,9 @@ def count_images_needed(
     Returns:
         The lower bounds and the upper bounds, each of shape (...).
     """
+    if len(images) == 1:  # a curve of a single evaluation is constant
+        images = np.repeat(images, 2)
+        values = np.repeat(values, 2, -1)
     x = np.log(images)
     y = np.log(values)
     goal = np.log(quality)[..., None]

@@ -7,10 +7,6 @@ with the 10,000 bundled images.
 """
 
 import json
-import shlex
-import signal
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +15,7 @@ import torch
 from torch import Tensor
 
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
-from common.cli import EXIT_STOPPED, UserError
+from common.cli import UserError
 from common.files import sha256, write_file
 from common.logs import get_logger
 from evaluations.compare import compute_metrics
@@ -27,6 +23,8 @@ from evaluations.extractors import collect_features, load_extractor
 from evaluations.features import Features
 from evaluations.reference_features import ReferenceFile, load_reference_features
 from evaluations.runs import read_json
+from experiments.scheduler import run_tasks
+from experiments.tasks import Task
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
 
@@ -92,24 +90,34 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
     return train, held_out
 
 
-def run_module(*arguments: object) -> None:
-    """Print and run `python -m ARGUMENTS`, a command of this project.
+def list_data_tasks(
+    train: Path, held_out: Path, folder: Path, encoder_weights: Path | None
+) -> list[Task]:
+    """Return the tasks that encode the images, and compute the encoder features for REPA.
 
-    Raises:
-        UserError: If the command fails.
-        KeyboardInterrupt: If the command is interrupted.
+    Args:
+        train: Archive of the training images.
+        held_out: Archive of the held-out images.
+        folder: The folder to write to.
+        encoder_weights: See `prepare_data`.
     """
-    command = ["-m", *map(str, arguments)]
-    command_line = shlex.join(["python", *command])
-    logger.info(command_line)
-    code = subprocess.run([sys.executable, *command], check=False).returncode
-    if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
-        raise KeyboardInterrupt
-    if code:
-        raise UserError(
-            f"could not prepare the data: {command_line} exited with code {code}; fix the problem "
-            "and rerun the same command"
-        )
+
+    def make_task(name: str, *command: object, inputs: tuple[Path, ...] = ()) -> Task:
+        return Task(name, ("-m", *map(str, command)), inputs)
+
+    weights = encoder_weights or folder / "lite0.safetensors"
+    encode = ("preprocessing.encode_latents", "--resolution", 32, "--vae", BUNDLED_VAE)
+    caches = (("train", train, ("--keep-images",)), ("held-out", held_out, ()))
+    tasks = [
+        make_task(f"encode-{name}", *encode, "--source", source, "--dest", folder / name, *flags)
+        for name, source, flags in caches
+    ]
+    if not weights.exists():
+        tasks.append(make_task("encoder", "experiments.efficientnet_weights", "--out", weights))
+    features = ("preprocessing.encode_features", folder / "train", "--side", ENCODER_INPUT_SIZE)
+    encoder = ("--encoder", REPA_ENCODER, "--encoder-weights", weights)
+    inputs = (folder / "train/manifest.json", weights)
+    return [*tasks, make_task("features", *features, *encoder, inputs=inputs)]
 
 
 def prepare_data(
@@ -140,19 +148,15 @@ def prepare_data(
             )
         return
 
-    # Encode the images.
     train, held_out = prepare_images(scale, folder, fashion_mnist)
-    encode = ("preprocessing.encode_latents", "--resolution", 32, "--vae", BUNDLED_VAE)
-    run_module(*encode, "--source", train, "--dest", folder / "train", "--keep-images")
-    run_module(*encode, "--source", held_out, "--dest", folder / "held-out")
-
-    # Compute the encoder features for REPA.
-    weights = encoder_weights or folder / "lite0.safetensors"
-    if not weights.exists():
-        run_module("experiments.efficientnet_weights", "--out", weights)
-    encoder = ("--encoder", REPA_ENCODER, "--encoder-weights", weights)
-    size = ("--side", ENCODER_INPUT_SIZE)
-    run_module("preprocessing.encode_features", folder / "train", *encoder, *size)
+    tasks = list_data_tasks(train, held_out, folder, encoder_weights)
+    logger.info("preparing %s; the messages of the commands are in its .log files", folder)
+    errors = run_tasks(tasks, folder, jobs=1)
+    for name, error in errors.items():
+        raise UserError(
+            f"could not prepare the data: {name}: {error}; fix the problem and rerun the same "
+            "command"
+        )
     write_file(ready, json.dumps({"scale": scale}).encode())
 
 

@@ -1,6 +1,7 @@
 """Define and parse the command-line flags that all studies share."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,54 @@ RESERVED_FLAGS = (
 )
 
 
-def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
-    """Add the flags that all studies share.
+def add_common_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
+    """Add the flags that all commands for studies share.
 
     Args:
         parser: The parser of the study.
         defaults: Descriptions of the default values, by flag, for the help texts.
     """
-
-    def add(flag: str, text: str, **options: Any) -> None:
-        default = f" (default: {defaults[flag]})" if flag in defaults else ""
-        parser.add_argument(flag, help=text + default, **options)
-
-    plot_help = "existing result from which to regenerate the table and the figure"
+    add = partial(_add_flag, parser, defaults)
+    plot_help = "existing result from which to regenerate the tables and the figure"
     add("--plot", plot_help, type=Path, metavar="FILE.json")
+    gather_help = "write the measurements that exist so far, without running anything"
+    add("--gather", gather_help, action="store_true")
     add("--print", "print the commands instead of running them", action="store_true")
     add("--data-dir", "latent cache, or folder that contains the caches", type=Path)
-    add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
     add("--seeds", "seeds; every configuration runs with every seed", type=cli.seed, nargs="+")
+    add("--jobs", "number of simultaneous runs", type=cli.positive_int)
+    gpus_help = "number of GPUs per machine of the cluster, for --scale imagenet"
+    add("--gpus", gpus_help, type=cli.positive_int, default=8)
+    add("--output-dir", "parent folder of the runs", type=Path)
+    out_help = "file for the result; the tables and the figure are written next to it"
+    add("--out", out_help, type=Path, metavar="FILE.json")
+
+
+def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
+    """Add the flags of studies whose runs differ only in the method (see `add_common_flags`)."""
+    add_common_flags(parser, defaults)
+    add = partial(_add_flag, parser, defaults)
+    reuse_help = (
+        "earlier result, whose finished runs with the same name, seed and flags are not repeated"
+    )
+    add("--reuse", reuse_help, type=Path, metavar="FILE.json")
+    add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
     add("--max-train-steps", "training steps per run", type=cli.positive_int)
     evaluations_help = (
         "evaluations per run, evenly spaced; the last evaluation follows the last step"
     )
     add("--evaluations", evaluations_help, type=cli.positive_int)
-    add("--jobs", "number of simultaneous runs", type=cli.positive_int)
-    gpus_help = "number of GPUs per machine of the cluster, for --scale imagenet"
-    add("--gpus", gpus_help, type=cli.positive_int, default=8)
-    add("--output-dir", "parent folder of the runs", type=Path)
-    add(
-        "--out",
-        "file for the result; the table and the figure are written next to it",
-        type=Path,
-        metavar="FILE.json",
-    )
+
+
+def _add_flag(
+    parser: argparse.ArgumentParser,
+    defaults: dict[str, str],
+    flag: str,
+    text: str,
+    **options: Any,
+) -> None:
+    default = f" (default: {defaults[flag]})" if flag in defaults else ""
+    parser.add_argument(flag, help=text + default, **options)
 
 
 def parse_study_flags(

@@ -40,6 +40,7 @@ FLAGS_OF_OTHER_PROGRAMS = {
     "--cpu",  # accelerate launch
     "--num_processes",
     "--cpus-per-task",  # sbatch and srun
+    "--dependency",
     "--gpu-bind",
     "--gpus-per-node",
     "--gpus-per-task",

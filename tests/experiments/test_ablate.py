@@ -21,8 +21,9 @@ from common import cli
 from common.machine import count_available_cores
 from common.metrics_log import read_rows
 from evaluations import evaluate
-from experiments import ablate, cells, panels, results, scheduler
+from experiments import ablate, ablation_grid, cells, panels, results, scheduler
 from experiments.cells import Cell
+from experiments.tasks import Task
 from tests.helpers import ROOT
 from training.config import (
     check_batch_size,
@@ -53,7 +54,7 @@ def parse_align_args(flags: list[str]) -> tuple:
 
 @pytest.mark.parametrize("model", ["SiT-Ti/2", "SiT-B/2", "SiT-XL/2"])
 def test_each_run_differs_from_the_best_run_in_one_axis_and_is_listed_once(model):
-    runs, axes = ablate.build_grid([*ablate.AXIS_TITLES], model, 400, demo=True)
+    runs, axes = ablation_grid.build_grid([*ablation_grid.AXIS_TITLES], model, 400, demo=True)
     common = ["--exp-name", "x", "--data-dir", "x", "--model", model]
     settings = {name: parse_align_args([*common, *words.split()]) for name, words in runs.items()}
     assert len(set(settings.values())) == len(settings)
@@ -73,7 +74,7 @@ def test_tried_blocks_scale_with_the_depth_of_the_model():
         "SiT-L/2": ["4", "6", "8", "12", "16"],
     }
     for model, labels in expected.items():
-        assert [*ablate.list_axis_values(model, 400, demo=True)["depth"]] == labels
+        assert [*ablation_grid.list_axis_values(model, 400, demo=True)["depth"]] == labels
 
 
 def test_imagenet_commands_are_valid_and_cover_table_1(call):
@@ -96,7 +97,7 @@ def test_imagenet_commands_are_valid_and_cover_table_1(call):
         sampler = config.sampler
         assert config.output.num_fid_samples == 50_000
         assert (sampler.mode, sampler.num_steps, sampler.cfg_scale) == ("sde", 250, 1)
-        assert config.checkpoint.ckpt == parsed.run.folder
+        assert config.checkpoint.ckpt == parsed.run.folder / "checkpoints/0400000"
         evaluated = evaluate.parse_args(evaluation[evaluation.index("evaluations.evaluate") + 1 :])
         assert evaluated.samples == config.output.sample_dir / f"{config.output.name}.npz"
 
@@ -141,7 +142,7 @@ def test_paired_differences_are_taken_per_common_seed():
 
 
 def test_table_contains_paired_intervals_and_marks_missing_runs(tmp_path):
-    _, axes = ablate.build_grid(["layers"], "SiT-Ti/2", 400, demo=True)
+    _, axes = ablation_grid.build_grid(["layers"], "SiT-Ti/2", 400, demo=True)
     finals = {"none": [3.0, 4.0, 5.0], "sra2": [2.4, 3.5, 4.3]}
     runs = [
         {
@@ -213,6 +214,10 @@ def make_cells() -> list[Cell]:
     ]
 
 
+def make_tasks(folder) -> list[Task]:
+    return [cell.make_task(folder) for cell in make_cells()]
+
+
 def count_starts(folder) -> list[int]:
     """Return the number of starts of each of the three cells."""
     files = [folder / f"{name}-seed0/starts" for name in "abc"]
@@ -239,17 +244,17 @@ def call_after_starts(folder, expected: list[int], action) -> threading.Thread:
 
 def test_failed_run_is_reported_and_does_not_affect_the_others(runs, caplog):
     (runs / "a-seed0.broken").touch()
-    assert scheduler.run_cells(make_cells(), runs, jobs=2) == {"a-seed0": "error: no luck"}
+    assert scheduler.run_tasks(make_tasks(runs), runs, jobs=2) == {"a-seed0": "error: no luck"}
     assert "a-seed0: error: no luck" in caplog.text
     assert "many words" in (runs / "a-seed0.log").read_text()
     assert [cells.is_finished(cell, runs) for cell in make_cells()] == [False, True, True]
     (runs / "a-seed0.broken").unlink()
-    assert scheduler.run_cells(make_cells(), runs, jobs=2) == {}
+    assert scheduler.run_tasks(make_tasks(runs), runs, jobs=2) == {}
     assert count_starts(runs) == [2, 1, 1]
 
 
 def test_threads_are_divided_among_the_jobs(runs):
-    scheduler.run_cells(make_cells()[:1], runs, jobs=2)
+    scheduler.run_tasks(make_tasks(runs)[:1], runs, jobs=2)
     threads = read_environment(runs, "a")["OMP_NUM_THREADS"]
     assert threads == str(max(1, count_available_cores() // 2))
 
@@ -259,7 +264,7 @@ def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):
     monkeypatch.setattr(scheduler, "describe_machine", lambda device: {"device": device.type})
     (runs / "hold").touch()
     thread = call_after_starts(runs, [1, 1, 0], (runs / "hold").unlink)
-    assert scheduler.run_cells(make_cells()[:2], runs, jobs=2) == {}
+    assert scheduler.run_tasks(make_tasks(runs)[:2], runs, jobs=2) == {}
     thread.join()
     assert {read_environment(runs, name)["CUDA_VISIBLE_DEVICES"] for name in "ab"} == {"3", "5"}
     assert cells.read_record(make_cells()[0], runs)["machine"]["device"] == "cuda"
@@ -269,12 +274,12 @@ def test_ctrl_c_stops_all_runs_and_the_next_call_resumes_them(runs):
     (runs / "hold").touch()
     thread = call_after_starts(runs, [1, 1, 0], lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        scheduler.run_cells(make_cells(), runs, jobs=2)
+        scheduler.run_tasks(make_tasks(runs), runs, jobs=2)
     thread.join()
     assert count_starts(runs) == [1, 1, 0]
     assert all((runs / f"{name}-seed0/saved").exists() for name in "ab")
     (runs / "hold").unlink()
-    assert scheduler.run_cells(make_cells(), runs, jobs=2) == {}
+    assert scheduler.run_tasks(make_tasks(runs), runs, jobs=2) == {}
     assert count_starts(runs) == [2, 2, 1]
 
 
@@ -285,7 +290,7 @@ def test_second_study_in_a_folder_is_refused(runs):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(cli.UserError, match="another process is running a study there"):
-        scheduler.run_cells(make_cells(), runs, jobs=1)
+        scheduler.run_tasks(make_tasks(runs), runs, jobs=1)
     other.communicate(b"\n")
     assert count_starts(runs) == [0, 0, 0]
 

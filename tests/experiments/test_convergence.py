@@ -1,10 +1,10 @@
 """Test the convergence study: the plan, the data, the execution, and the report."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from experiments.cells import Cell
 from experiments.study_numbers import format_numbers
 from experiments.study_page import format_tables
 from experiments.study_plan import METHODS, SCALES, StudyPlan, choose_blocks, read_blocks
+from experiments.tasks import Task
 from models.flops import backbone_flops, head_flops
 from models.sit import PRESETS, SiTConfig
 from tests.helpers import ROOT, train_flags
@@ -225,9 +226,12 @@ def test_gpu_scale_requires_a_gpu(monkeypatch):
 
 def test_data_are_prepared_once_and_for_one_scale(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(
-        study_data, "run_module", lambda *words: commands.append([*map(str, words)])
-    )
+
+    def fake_run_tasks(tasks, folder, jobs):
+        commands.extend([*task.command[1:]] for task in tasks)
+        return {}
+
+    monkeypatch.setattr(study_data, "run_tasks", fake_run_tasks)
     archives = (tmp_path / "train.zip", tmp_path / "other.zip")
     monkeypatch.setattr(study_data, "prepare_images", lambda *_: archives)
     data = tmp_path / "data"
@@ -237,7 +241,7 @@ def test_data_are_prepared_once_and_for_one_scale(tmp_path, monkeypatch):
         for words in commands[:2]
     }
     assert caches == {f"{data}/train": str(archives[0]), f"{data}/held-out": str(archives[1])}
-    (features,) = commands[2:]
+    features = commands[2]
     assert features[:2] == ["preprocessing.encode_features", f"{data}/train"]
     study_data.prepare_data("laptop", data, tmp_path, tmp_path)
     assert len(commands) == 3
@@ -350,7 +354,7 @@ def test_study_is_executed_resumed_and_gathered(call, study, tmp_path, monkeypat
     # If a run fails, the result contains the other runs.
     (runs / "broken").touch()
     code, out = call(convergence, *words)
-    assert code == 2 and "1 of 4 runs failed (sra2-cosine-seed2); rerun the same command" in out
+    assert code == 2 and "1 of 4 tasks failed (sra2-cosine-seed2); rerun the same command" in out
     assert "SRA 2, cosine (1 of 2 seeds)" in out
 
     # The next call waits for another process that is training the missing run, and then starts it.
@@ -358,8 +362,8 @@ def test_study_is_executed_resumed_and_gathered(call, study, tmp_path, monkeypat
     (runs / "sra2-cosine-seed2").rmdir()
     checked_runs = []
 
-    def is_running_three_times(cell, folder):
-        checked_runs.append(cell.run_name)
+    def is_running_three_times(task, folder):
+        checked_runs.append(task.name)
         return len(checked_runs) <= 3
 
     monkeypatch.setattr(scheduler, "is_running", is_running_three_times)
@@ -481,24 +485,24 @@ def test_gathering_without_evaluations_keeps_the_previous_result(call, tmp_path)
     path.write_text("the previous result")
     words = ["--scale", "gpu", "--gather", "--output-dir", tmp_path / "no", "--out", path]
     code, out = call(convergence, *words)
-    assert code == 2 and "no contains no evaluation of vanilla SiT; rerun after" in out
+    assert code == 2 and "no contains no evaluation of vanilla; rerun after" in out
     assert path.read_text() == "the previous result"
 
 
-def test_run_left_by_a_killed_study_is_recognised_as_running(tmp_path):
-    cell = Cell("a", 0, ())
-    folder = tmp_path / "a-seed0"
-    folder.mkdir()
-    assert not cells.is_running(cell, tmp_path) and not [*folder.iterdir()]
-    code = "import sys; from pathlib import Path; from common.files import lock\n"
-    code += "with lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, folder / ".lock"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
-        assert other.stdout.readline() == b"\n"
-        assert cells.is_running(cell, tmp_path)
-        other.stdin.close()
-    assert not cells.is_running(cell, tmp_path)
+def test_task_left_by_a_killed_study_is_recognised_as_running(tmp_path, monkeypatch):
+    """The process of a task holds the lock on its log after the scheduler has been killed."""
+    (tmp_path / "wait.py").write_text("import sys; sys.stdin.read()")
+    monkeypatch.setattr(scheduler, "ROOT", tmp_path)
+    task = Task("a", ("wait.py",))
+    assert not scheduler.is_running(task, tmp_path) and not task.log_path(tmp_path).exists()
+    pipe, other_end = os.pipe()
+    monkeypatch.setattr(subprocess, "DEVNULL", pipe)  # the standard input of the process
+    process = scheduler.TaskProcess(task, tmp_path, 1, [])
+    os.close(pipe)
+    assert scheduler.is_running(task, tmp_path)
+    os.close(other_end)
+    assert process.popen.wait(timeout=60) == 0
+    assert not scheduler.is_running(task, tmp_path)
 
 
 def test_repeated_flags_are_compared_by_their_effect(tmp_path):

@@ -69,6 +69,12 @@ def test_crossing_outside_of_the_evaluations_has_a_bound():
     assert count_images_needed(IMAGES[:3], [3, 2, 1], 1.0) == pytest.approx((4000, 4000), rel=1e-12)
 
 
+def test_crossing_of_a_single_evaluation_is_a_bound():
+    for quality, bounds in ((5.0, (8.0, np.inf)), (20.0, (0.0, 8.0)), (10.0, (8.0, 8.0))):
+        crossing = count_images_needed(np.array([8]), np.array([10.0]), np.array(quality))
+        assert crossing == pytest.approx(bounds)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_curve_ahead_by_a_factor_has_this_speed_up_with_an_empty_interval(count):
     curve = make_falling_curves(count)

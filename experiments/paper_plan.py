@@ -1,0 +1,356 @@
+"""Plan the commands for the paper's tables: encode, train, sample and evaluate.
+
+Two scales exist. `imagenet` uses the settings of the paper. `demo` takes the same path on the
+bundled images in minutes, with these rules:
+
+- Every model is replaced by SiT-Ti/2, and an aligned block keeps its relative depth.
+- The numbers of steps are replaced by those in `DEMO_STEPS`, at most 100.
+- REPA uses a small encoder, whose weights come with a Python package.
+- 250 samples are drawn with 10 steps, and compared in the features of the bundled classifier.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from experiments.cells import Cell
+from experiments.paper_tables import (
+    BATCH_SIZE,
+    COST_MODEL,
+    DEFAULT_GUIDANCE,
+    FID,
+    IMAGES_PER_EPOCH,
+    NUM_SAMPLES,
+    NUM_STEPS,
+    SCORE,
+    SD_VAES,
+    SFID,
+    Row,
+    Table,
+    TrainingRun,
+)
+from experiments.study_data import BUNDLED_IMAGES, BUNDLED_VAE, ENCODER_INPUT_SIZE, REPA_ENCODER
+from experiments.tasks import Task
+from models.sit import PRESETS
+
+DEMO_MODEL = "SiT-Ti/2"
+DEMO_STEPS = {
+    100_000: 10,
+    200_000: 20,
+    400_000: 30,
+    1_000_000: 50,
+    4_000_000: 80,
+    7_000_000: 100,
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The data and the settings of a scale.
+
+    Attributes:
+        images: Images to encode.
+        encode_flags: Flags of preprocessing.encode_latents.
+        images_per_epoch: Number of training images.
+        batch_size: Global batch size.
+        train_flags: Further flags of train.py for all runs.
+        sample_flags: Flags of sample_ddp.py.
+        evaluate_flags: Flags of evaluations.evaluate.
+        reference: The reference of the metrics.
+        metrics: The metric in metrics.json that stands for each metric of the paper, or None.
+        fid_levels: FIDs for which the number of epochs is reported.
+        cost_flags: Flags of benchmarks.cost.
+    """
+
+    images: Path
+    encode_flags: str
+    images_per_epoch: int
+    batch_size: int
+    train_flags: str
+    sample_flags: str
+    evaluate_flags: str
+    reference: Path
+    metrics: dict[str, str | None]
+    fid_levels: tuple[float, ...]
+    cost_flags: str
+
+
+SCALES = {
+    "imagenet": Scale(
+        images=Path("data/imagenet/train"),
+        encode_flags=f"--resolution 256 --vae {SD_VAES[0]}",
+        images_per_epoch=IMAGES_PER_EPOCH,
+        batch_size=BATCH_SIZE,
+        train_flags="--checkpointing-steps 50000 --keep-last 2",
+        sample_flags=f"--num-fid-samples {NUM_SAMPLES} --mode sde --num-steps {NUM_STEPS}",
+        evaluate_flags="",
+        reference=Path("VIRTUAL_imagenet256_labeled.npz"),
+        metrics={FID: FID, SFID: SFID, SCORE: SCORE},
+        fid_levels=(30.0, 20.0, 10.0, 8.3),
+        cost_flags=f"--model {COST_MODEL} --batch-size {BATCH_SIZE} --precision bf16 --compile",
+    ),
+    "demo": Scale(
+        images=BUNDLED_IMAGES,
+        encode_flags=f"--resolution 32 --vae {BUNDLED_VAE}",
+        images_per_epoch=10_000,
+        batch_size=32,
+        train_flags="--checkpointing-steps 10 --keep-last 1 --learning-rate 1e-3 --ema-decay 0.9 "
+        "--sampling-steps 0 --num-workers 0 --log-every 10",
+        sample_flags="--num-fid-samples 250 --mode sde --num-steps 10 --per-proc-batch-size 50",
+        evaluate_flags="--features fashion",
+        reference=BUNDLED_IMAGES,
+        metrics={FID: "FD-fashion", SFID: None, SCORE: None},
+        fid_levels=(20.0, 15.0, 12.0),
+        cost_flags=f"--model {DEMO_MODEL} --latent-size 8 --batch-size 8 --rounds 5",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A training run with one seed.
+
+    Attributes:
+        run: The run of the paper.
+        cell: The run of train.py.
+        steps: Numbers of steps of the checkpoints that are sampled, in ascending order.
+        folder: Folder of the run.
+        train: The training task.
+    """
+
+    run: TrainingRun
+    cell: Cell
+    steps: tuple[int, ...]
+    folder: Path
+    train: Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The samples of a checkpoint and their metrics.
+
+    Attributes:
+        run: The training run.
+        step: Number of steps of the checkpoint.
+        is_guided: Whether the samples use guidance.
+        sample: The task that samples.
+        evaluate: The task that computes the metrics.
+        metrics_path: The metrics.json that `evaluate` writes.
+    """
+
+    run: PlannedRun
+    step: int
+    is_guided: bool
+    sample: Task
+    evaluate: Task
+    metrics_path: Path
+
+    def list_tasks(self, folder: Path) -> list[Task]:
+        """Return the tasks that have not finished. The samples may be deleted after evaluation."""
+        if self.evaluate.is_finished(folder):
+            return []
+        return [task for task in (self.sample, self.evaluate) if not task.is_finished(folder)]
+
+
+@dataclass(frozen=True)
+class PaperPlan:
+    """The commands for the tables.
+
+    Attributes:
+        scale: A key of `SCALES`.
+        tables: The tables.
+        seeds: The seeds; every run is executed with every seed.
+        data_dir: The latent cache.
+        output_dir: Folder of the runs, the samples and the results.
+        images: Images to encode (default: those of the scale).
+        reference: Reference of the metrics (default: that of the scale).
+        guidance: Scale, lower end and upper end of guidance.
+        train_flags: Additional flags of train.py for all runs.
+    """
+
+    scale: str
+    tables: tuple[Table, ...]
+    seeds: tuple[int, ...]
+    data_dir: Path
+    output_dir: Path
+    images: Path | None = None
+    reference: Path | None = None
+    guidance: tuple[float, float, float] = DEFAULT_GUIDANCE
+    train_flags: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Scale:
+        """The settings of the scale."""
+        return SCALES[self.scale]
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the results are no evidence."""
+        return self.scale == "demo"
+
+    @property
+    def cost_path(self) -> Path:
+        """The file of benchmarks.cost for Table 5."""
+        return self.output_dir / "cost.json"
+
+    def scale_steps(self, steps: int) -> int:
+        """Return the number of steps that stands for a number of steps of the paper."""
+        return DEMO_STEPS[steps] if self.is_demo else steps
+
+    def scale_run(self, run: TrainingRun) -> list[str]:
+        """Return the flags of train.py for the model and the method of a run."""
+        if not self.is_demo:
+            return ["--model", run.model, *run.flags.split()]
+
+        def scale_blocks(match: re.Match) -> str:
+            ratio = PRESETS[DEMO_MODEL]["depth"] / PRESETS[run.model]["depth"]
+            blocks = [str(max(1, round(int(block) * ratio))) for block in match[1].split()]
+            return " ".join(["--align-depth", *blocks])
+
+        flags = re.sub(r"--align-depth((?: \d+)+)", scale_blocks, run.flags)
+        words = ["--model", DEMO_MODEL, *flags.split()]
+        if uses_repa(run):
+            words += ["--repa-encoder", REPA_ENCODER, "--repa-side", str(ENCODER_INPUT_SIZE)]
+            words += ["--encoder-weights", str(self.encoder_weights), "--projector-width", "256"]
+        return words
+
+    @property
+    def encoder_weights(self) -> Path:
+        """The weights of REPA's encoder in the demo."""
+        return self.data_dir.with_name(f"{REPA_ENCODER}.safetensors")
+
+    @property
+    def rows(self) -> list[tuple[Table, Row]]:
+        """The rows that are run, with their tables."""
+        return [(table, row) for table in self.tables for row in table.rows if row.run]
+
+    @cached_property
+    def runs(self) -> list[PlannedRun]:
+        """The training runs, with all seeds. A run that several rows share occurs once."""
+        steps_by_run: dict[TrainingRun, set[int]] = {}
+        for _, row in self.rows:
+            for run in row.runs:
+                steps_by_run.setdefault(run, set()).add(self.scale_steps(row.steps))
+        return [
+            self.plan_run(run, seed, tuple(sorted(steps)))
+            for seed in self.seeds
+            for run, steps in steps_by_run.items()
+        ]
+
+    def plan_run(self, run: TrainingRun, seed: int, steps: tuple[int, ...]) -> PlannedRun:
+        """Return a training run that keeps the checkpoints after the given numbers of steps."""
+        flags = ["--data-dir", str(self.data_dir), *self.scale_run(run)]
+        flags += ["--batch-size", str(self.settings.batch_size)]
+        flags += ["--max-train-steps", str(steps[-1]), "--milestone-steps", str(math.gcd(*steps))]
+        flags += self.settings.train_flags.split()
+        cell = Cell(run.name, seed, (*flags, *self.train_flags))
+        folder = self.output_dir / cell.run_name
+        inputs = [self.data_dir / "manifest.json"]
+        if uses_repa(run):
+            inputs.append(self.data_dir / "images")
+            if self.is_demo:
+                inputs.append(self.encoder_weights)
+        outputs = tuple(make_checkpoint_path(folder, step) for step in steps)
+        train = cell.make_task(self.output_dir, tuple(inputs), outputs)
+        return PlannedRun(run, cell, steps, folder, train)
+
+    @cached_property
+    def evaluations(self) -> dict[tuple[str, int, int, bool], Evaluation]:
+        """The evaluations by name of the run, seed, number of steps, and use of guidance."""
+        runs = {(planned.run.name, planned.cell.seed): planned for planned in self.runs}
+        evaluations = {}
+        for seed in self.seeds:
+            for table, row in self.rows:
+                for run in row.runs:
+                    step = self.scale_steps(row.steps)
+                    key = (run.name, seed, step, table.is_guided)
+                    if key not in evaluations:
+                        planned = runs[run.name, seed]
+                        evaluations[key] = self.plan_evaluation(planned, step, table.is_guided)
+        return evaluations
+
+    def plan_evaluation(self, run: PlannedRun, step: int, is_guided: bool) -> Evaluation:
+        """Return the evaluation of a checkpoint."""
+        checkpoint = make_checkpoint_path(run.folder, step)
+        name = f"{run.cell.run_name}-{step:07d}{'-guided' if is_guided else ''}"
+        folder = self.output_dir / "samples"
+        npz = folder / f"{name}.npz"
+        metrics_path = npz.with_suffix(".metrics.json")
+        sample = ["sample_ddp.py", "--ckpt", str(checkpoint), *self.settings.sample_flags.split()]
+        if is_guided:
+            scale, low, high = self.guidance
+            sample += ["--cfg-scale", f"{scale:g}"]
+            sample += ["--guidance-low", f"{low:g}", "--guidance-high", f"{high:g}"]
+        sample += ["--sample-dir", str(folder), "--name", name]
+        evaluate = ["-m", "evaluations.evaluate", str(npz)]
+        evaluate += ["--reference", str(self.reference or self.settings.reference)]
+        evaluate += self.settings.evaluate_flags.split()
+        return Evaluation(
+            run,
+            step,
+            is_guided,
+            Task(f"sample-{name}", tuple(sample), (checkpoint,), (npz,)),
+            Task(f"evaluate-{name}", tuple(evaluate), (npz,), (metrics_path,)),
+            metrics_path,
+        )
+
+    def list_encode_tasks(self) -> list[Task]:
+        """Return the tasks that create the latent cache and, in the demo, REPA's encoder."""
+        needs_images = any(uses_repa(planned.run) for planned in self.runs)
+        images = str(self.images or self.settings.images)
+        command = ["-m", "preprocessing.encode_latents", "--source", images]
+        command += ["--dest", str(self.data_dir), *self.settings.encode_flags.split()]
+        outputs = [self.data_dir / "manifest.json"]
+        if needs_images:
+            command.append("--keep-images")
+            outputs.append(self.data_dir / "images")
+        tasks = [Task("encode", tuple(command), outputs=tuple(outputs))] if self.runs else []
+        if needs_images and self.is_demo:
+            weights = self.encoder_weights
+            convert = ("-m", "experiments.efficientnet_weights", "--out", str(weights))
+            tasks.append(Task("encoder", convert, outputs=(weights,)))
+        return tasks
+
+    def list_cost_tasks(self) -> list[Task]:
+        """Return the task that times the training step for Table 5, if the table is selected."""
+        if all(table.number != 5 for table in self.tables):
+            return []
+        command = ["-m", "benchmarks.cost", "--align", "none", "sra2"]
+        command += [*self.settings.cost_flags.split(), "--json", str(self.cost_path)]
+        return [Task("cost", tuple(command), outputs=(self.cost_path,))]
+
+    def print_commands(self, gpus: int) -> None:
+        """Print all commands in an order in which they can be executed."""
+        for task in self.list_encode_tasks():
+            print(f"# {task.name}\n{task.format_command(gpus)}\n")
+        self.print_run_commands(gpus)
+        for task in self.list_cost_tasks():
+            print(f"# {task.name}\n{task.format_command()}")
+
+    def print_run_commands(self, gpus: int) -> None:
+        """Print the commands that train, sample and evaluate.
+
+        Raises:
+            UserError: If train.py would reject the flags of a run on this number of GPUs.
+        """
+        for planned in self.runs:
+            lines = [f"# {planned.run.name}, seed {planned.cell.seed}"]
+            planned.cell.parse_settings(gpus)
+            tasks = [planned.train]
+            for evaluation in self.evaluations.values():
+                if evaluation.run is planned:
+                    tasks += [evaluation.sample, evaluation.evaluate]
+            lines += [task.format_command(gpus) for task in tasks]
+            print(*lines, "", sep="\n")
+
+
+def uses_repa(run: TrainingRun) -> bool:
+    """Return whether a run needs images and an image encoder."""
+    return "repa" in run.flags
+
+
+def make_checkpoint_path(run: Path, step: int) -> Path:
+    """Return the folder of a checkpoint."""
+    return run / f"checkpoints/{step:07d}"
