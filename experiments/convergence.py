@@ -220,13 +220,6 @@ def make_parser() -> cli.Parser:
         help="result of --tune with the aligned blocks (default: docs/study-SCALE-knobs.json)",
     )
     add(
-        "--reuse",
-        type=Path,
-        metavar="FILE.json",
-        help="earlier result (with --tune: of --tune), whose finished runs with the same name, "
-        "seed and flags are not repeated",
-    )
-    add(
         "--methods",
         nargs="+",
         choices=METHODS,

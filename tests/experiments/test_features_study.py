@@ -266,7 +266,7 @@ def test_checkpoints_are_measured_and_drawn(cache, trained, tmp_path, call):
         ("--images 13", "--images 13 is more than the held-out half"),
         ("--out x.jpg", "--out x.jpg must end in .png"),
         ("--vae nowhere/at/all", "--vae nowhere/at/all"),
-        ("--origin sit", "--origin is for official .pt files"),
+        ("--origin sit", "--origin sit is for official .pt files"),
         ("--ckpt nowhere", "--ckpt: nowhere does not exist"),
         ("--data-dir nowhere", "--data-dir: nowhere does not exist"),
     ],
