@@ -63,12 +63,16 @@ METHODS = {
     ),
     "selftrans": Method(
         "Self-Transcendence",
-        "--align selftrans --align-depth {selftrans} {head_width} {frozen_network}",
+        "--align selftrans --align-depth {selftrans} {head_width} {frozen_network} {guidance}",
     ),
 }
 # The frozen network of Self-Transcendence, which is trained before the other runs.
 FIRST_STAGE = "selftrans-stage1"
 FIRST_STAGE_SEED = 100
+# Guidance of its tokens for small images, and values that --tune compares with it. For SiT-B/2, the
+# authors use 30.
+GUIDANCE = 5
+OTHER_GUIDANCES = (1, 2, 30)
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ class StudyPlan:
             "encoder": "",
             "head_width": "",
             "layersync_target": "",
+            "guidance": "",
             "stop_at_half": f"--align-stop-step {self.steps // 2}",  # HASTE's stop
             "frozen_network": f"--selftrans-checkpoint {self.first_stage}",
         }
@@ -236,6 +241,7 @@ class StudyPlan:
             # small network. Use the same width as the head of SRA 2 instead.
             fields["encoder"] = f"--repa-encoder {REPA_ENCODER}"
             fields["head_width"] = f"--projector-width {2 * PRESETS[self.model]['width']}"
+            fields["guidance"] = f"--selftrans-guidance {GUIDANCE}"
         if "layersync" in blocks:
             # The distance of the two blocks is two sevenths of the depth, as for SiT-XL.
             depth = PRESETS[self.model]["depth"]
@@ -253,10 +259,29 @@ class StudyPlan:
         ]
 
     def make_tuning_cells(self) -> list[Cell]:
-        """Return the runs of --tune: each tuned method with each block of the scale."""
+        """Return the runs of --tune.
+
+        Each tuned method is run with each block of the scale, and Self-Transcendence with several
+        scales of the guidance and the middle block.
+        """
         shared = self.make_shared_flags()
         tuned = [name for name in self.methods if METHODS[name].tuned_methods == {name}]
-        return [
+        blocks = SCALES[self.scale].blocks
+        guidance_cells = [
+            Cell(
+                f"selftrans-guidance{guidance}",
+                seed,
+                (
+                    *shared,
+                    *self.make_method_flags("selftrans", {"selftrans": blocks[len(blocks) // 2]}),
+                    *("--selftrans-guidance", str(guidance)),
+                ),
+            )
+            for seed in self.seeds
+            for guidance in OTHER_GUIDANCES
+            if "selftrans" in tuned
+        ]
+        block_cells = [
             Cell(
                 f"{name}-block{block}",
                 seed,
@@ -264,8 +289,9 @@ class StudyPlan:
             )
             for seed in self.seeds
             for name in tuned
-            for block in SCALES[self.scale].blocks
+            for block in blocks
         ]
+        return [*block_cells, *guidance_cells]
 
 
 def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
@@ -307,11 +333,15 @@ def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
 
 
 def choose_blocks(runs: list[dict], metric: str) -> dict[str, int]:
-    """Return the block of each method with the lowest final metric, averaged over seeds."""
+    """Return the block of each method with the lowest final metric, averaged over seeds.
+
+    Runs whose names do not end in a block are ignored.
+    """
     means: dict[str, dict[int, float]] = {}
     for run_name, by_seed in collect_final_values(runs, metric).items():
-        name, _, block = run_name.rpartition("-block")
-        means.setdefault(name, {})[int(block)] = fmean(by_seed.values())
+        name, separator, block = run_name.rpartition("-block")
+        if separator:
+            means.setdefault(name, {})[int(block)] = fmean(by_seed.values())
     return {
         name: min(sorted(by_block), key=by_block.__getitem__) for name, by_block in means.items()
     }
