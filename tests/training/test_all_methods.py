@@ -302,7 +302,7 @@ def test_two_processes_have_the_losses_of_one_and_sharding_does_not_change_them(
         for name in names
     }
     if "sra" in runs:
-        runs["sra"] |= {"modes": ["full", "optimizer+2"], "num_steps": 6}
+        runs["sra"] |= {"modes": ["full", "optimizer+2"], "num_steps": 6, "per_tensor": 100}
     if "sra2" in runs:
         flags = [*runs["sra2"]["flags"], "--optimizer", "muon"]
         runs["muon"] = {"flags": flags, "modes": ["full"], "num_steps": 3}
