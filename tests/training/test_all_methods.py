@@ -313,10 +313,10 @@ def test_two_processes_have_the_losses_of_one_and_sharding_does_not_change_them(
         unsharded = modes.pop("none")["scalars"]
         run = runs[name]
         tolerance = get_tolerance(run)
-        options = ("--max-grad-norm", 0.5)
-        step = build(name, *options)
+        options = ["--max-grad-norm", 0.5]
         if name == "muon":
-            step = build("sra2", *options, "--optimizer", "muon")
+            options += ["--optimizer", "muon"]
+        step = build("sra2" if name == "muon" else name, *options)
         expected = run_steps(step, files, range(run["num_steps"]))
         for row, expected_row in zip(unsharded, expected, strict=True):
             losses = {key: value for key, value in row.items() if key != "grad_norm"}
