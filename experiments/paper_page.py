@@ -38,7 +38,12 @@ def format_tables(result: JsonObject) -> str:
 
 
 def format_table(table: JsonObject) -> list[str]:
-    """Return the lines of a table of FIDs."""
+    """Return the lines of a table of FIDs. Deviations of all rows are stated once, below it."""
+    measured_rows = [row for row in table["rows"] if row["run"] and row["ours"] is not None]
+    common: list[str] = []
+    if len(measured_rows) > 1:
+        first, *others = [row["deviations"] for row in measured_rows]
+        common = [text for text in first if all(text in other for other in others)]
     lines = [
         "| row | steps | metric | the paper | ours | 95% interval | difference | progress "
         "| comparable |",
@@ -61,8 +66,10 @@ def format_table(table: JsonObject) -> list[str]:
             if row["ours"] is not None and measured != row["metric"]:
                 ours += f" ({measured})"
             cells += [ours, format_interval(row, spec), format_difference(row["difference"], spec)]
-            cells += [f"{row['progress']:.0%}", describe_comparability(row)]
+            cells += [f"{row['progress']:.0%}", describe_comparability(row, common)]
         lines.append(f"| {' | '.join(cells)} |")
+    if common:
+        lines += ["", f"Deviations of all measured rows: {'; '.join(common)}."]
     return lines
 
 
@@ -106,9 +113,14 @@ def format_difference(difference: float | None, spec: str) -> str:
     return "" if difference is None else f"{difference:+{spec}}"
 
 
-def describe_comparability(row: JsonObject) -> str:
-    """Return whether our value is comparable with the paper's, and the deviations if not."""
-    remarks = [*row["deviations"]]
+def describe_comparability(row: JsonObject, common: list[str] | None = None) -> str:
+    """Return whether our value is comparable with the paper's, and the deviations if not.
+
+    Args:
+        row: The row of the result.
+        common: Deviations that are stated elsewhere.
+    """
+    remarks = [text for text in row["deviations"] if text not in (common or [])]
     if row["note"]:
         remarks.append(row["note"])
     if row["ours"] is None:
@@ -131,7 +143,7 @@ def format_epochs(result: JsonObject) -> list[str]:
     levels = [*entries[0]["reached"]]
     headers = [f"{metric} {level}" for level in levels]
     lines = [
-        f"## Epochs to reach a {metric} (EP_FID@k)",
+        f"## Epochs to reach a given {metric} (EP_FID@k)",
         "",
         f"| run | points | {' | '.join(headers)} |",
         "|---|---|" + "---|" * len(levels),
@@ -168,8 +180,8 @@ def format_progress(result: JsonObject) -> list[str]:
     return [
         *lines,
         "",
-        f"Training still needs **{total} GPU-hours**, with {gpus} GPUs per run (`--gpus`). This "
-        "excludes sampling and evaluation.",
+        f"Training still needs **{total} GPU-hours**, with {gpus} GPU{'s' if gpus > 1 else ''} per "
+        "run (`--gpus`). This excludes sampling and evaluation.",
         "",
     ]
 

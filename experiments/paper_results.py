@@ -166,16 +166,16 @@ def list_deviations(
 
     Without results, the list is empty, because nothing has been measured.
     """
+    key = plan.settings.metrics[metric]
+    if results and key is None:
+        return [f"{metric} is not measured at this scale"]
     deviations: dict[str, None] = {}  # an ordered set
     for contents in results.values():
         for run, content in zip(row.runs, contents):
             deviations |= dict.fromkeys(compare_with_protocol(content, table, run, row))
-    if not deviations and not results:
+    if not results:
         return []
-    key = plan.settings.metrics[metric]
-    if key is None:
-        deviations[f"{metric} is not measured at this scale"] = None
-    elif key != metric:
+    if key != metric:
         deviations[f"{key} instead of {metric}"] = None
     if plan.train_flags:
         deviations[f"flags of train.py: {' '.join(plan.train_flags)}"] = None

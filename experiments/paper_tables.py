@@ -112,7 +112,13 @@ def list_table_1(
             note = ""
             if value["usual"]:
                 has_best_row = True
-                label = "best values (block 2, all timesteps, smooth L1, weight 1, 5 layers)"
+                label = "best values"
+                note = ", ".join(
+                    f"{axis['title']} {best['label']}"
+                    for axis in panels
+                    for best in axis["values"]
+                    if best["usual"]
+                )
             elif value["run"] == "depth-3":
                 numbers[SFID] = 6.07
                 note = "the FID is not known; the sFID is the lowest of all blocks"
