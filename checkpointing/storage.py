@@ -218,6 +218,13 @@ class RunOwner:
                 "another --exp-name"
             )
 
+    def remove_unused_folder(self) -> None:
+        """Remove the folder of the run if nothing has been written to it."""
+        with suppress(OSError):
+            is_own = read_json_if_valid(self.path).get("token") == self.token
+            if is_own and {path.name for path in self.run.iterdir()} <= {".lock", self.path.name}:
+                shutil.rmtree(self.run)
+
     def _write(self, is_confirmed: bool) -> None:
         content = {"token": self.token, "is_confirmed": is_confirmed}
         write_file(self.path, json.dumps(content).encode())
@@ -226,6 +233,8 @@ class RunOwner:
 @contextmanager
 def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[RunOwner]:
     """Lock a run, and remove incomplete folders that an interruption left behind.
+
+    If the caller fails before it has written to the folder of a new run, the folder is removed.
 
     Args:
         run: Folder of the run.
@@ -241,6 +250,7 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[RunOwner]:
     busy = CheckpointError(
         f"{run} is being trained by another process: stop that process or choose another --exp-name"
     )
+    is_new = not run.exists()
     with lock(run / ".lock", busy):
         if list_checkpoints(run) != expected_checkpoints:
             raise CheckpointError(
@@ -249,7 +259,13 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[RunOwner]:
         for pattern in (".*.partial", ".*.removed"):
             for folder in (run / "checkpoints").glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
-        yield RunOwner(run)
+        owner = RunOwner(run)
+        try:
+            yield owner
+        except BaseException:
+            if is_new:
+                owner.remove_unused_folder()
+            raise
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is invalid or incompatible with another flag.
     """
-    args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--projector")
+    args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--proj")
     imagenet = args.scale == "imagenet"
     if imagenet and not args.print:
         raise UserError(

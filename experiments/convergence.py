@@ -260,7 +260,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         UserError: If a flag is invalid or incompatible with another flag.
     """
     prefixes = (
-        *("--align", "--projector", "--target-norm", "--spnorm", "--zscore"),
+        *("--align", "--proj", "--target-norm", "--spnorm", "--zscore"),
         *("--repa", "--sra", "--layersync", "--selftrans", "--eval-latents"),
     )
     args, train_flags = parse_study_flags(make_parser(), argv, *prefixes)

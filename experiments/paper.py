@@ -96,7 +96,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is invalid, or if no action is selected.
     """
-    args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--projector", "--repa")
+    args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--proj", "--repa")
     if not (args.print or args.slurm or args.run or args.gather or args.plot):
         raise UserError("no action is selected; pass --print, --slurm DIR, --run or --gather")
     if args.cfg_scale < 1 or args.guidance_low > args.guidance_high:

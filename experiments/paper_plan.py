@@ -310,7 +310,7 @@ class PaperPlan:
         if needs_images and self.is_demo:
             weights = self.encoder_weights
             convert = ("-m", "experiments.efficientnet_weights", "--out", str(weights))
-            tasks.append(Task("encoder", convert, outputs=(weights,)))
+            tasks.append(Task("encoder", convert, outputs=(weights,), is_distributed=False))
         return tasks
 
     def list_cost_tasks(self) -> list[Task]:
@@ -319,7 +319,7 @@ class PaperPlan:
             return []
         command = ["-m", "benchmarks.cost", "--align", "none", "sra2"]
         command += [*self.settings.cost_flags.split(), "--json", str(self.cost_path)]
-        return [Task("cost", tuple(command), outputs=(self.cost_path,))]
+        return [Task("cost", tuple(command), outputs=(self.cost_path,), is_distributed=False)]
 
     def print_commands(self, gpus: int) -> None:
         """Print all commands in an order in which they can be executed."""
@@ -327,7 +327,7 @@ class PaperPlan:
             print(f"# {task.name}\n{task.format_command(gpus)}\n")
         self.print_run_commands(gpus)
         for task in self.list_cost_tasks():
-            print(f"# {task.name}\n{task.format_command()}")
+            print(f"# {task.name}\n{task.format_command(gpus)}")
 
     def print_run_commands(self, gpus: int) -> None:
         """Print the commands that train, sample and evaluate.

@@ -144,18 +144,21 @@ def measure_row(results: Results, key: str | None) -> JsonObject:
     such interval; the interval of its metrics.json over images is returned if there is one.
     """
     values = []
+    intervals = []
     for contents in results.values():
         numbers = [content["metrics"].get(key) for content in contents]
         if all(number is not None for number in numbers):
             values.append(numbers[0] - sum(numbers[1:]))
+            # A difference of runs has no interval over images.
+            interval = contents[0].get("intervals", {}).get(key) if len(contents) == 1 else None
+            intervals.append(interval)
     if not values:
         return {"ours": None, "interval": None, "interval_over": None, "values": []}
     measured: JsonObject = {"ours": fmean(values), "values": values}
     if len(values) > 1:
         estimate = compute_t_interval(values)
         return measured | {"interval": [estimate.low, estimate.high], "interval_over": "seeds"}
-    (contents,) = results.values()
-    interval = contents[0].get("intervals", {}).get(key) if len(contents) == 1 else None
+    (interval,) = intervals
     return measured | {"interval": interval, "interval_over": interval and "images"}
 
 
@@ -277,7 +280,7 @@ def summarize_runs(plan: PaperPlan, gpus: int) -> list[JsonObject]:
     runs: list[JsonObject] = []
     for planned in plan.runs:
         steps_done = count_steps(planned)
-        images = (planned.steps[-1] - steps_done) * plan.settings.batch_size
+        images = max(0, planned.steps[-1] - steps_done) * plan.settings.batch_size
         rate, origin = rates[planned], "log"
         if images and not rate:
             rate, origin = estimate_rate(plan, planned, measured)

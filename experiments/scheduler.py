@@ -128,11 +128,11 @@ class TaskProcess:
 
 
 def make_command(task: Task, num_gpus: int) -> list[str]:
-    """Return the command that executes a task with one process per GPU."""
+    """Return the command that executes a task, with one process per GPU if it is distributed."""
     program, *arguments = task.command
     words = [program] if program == "-m" else [str(ROOT / program)]
     command = [sys.executable]
-    if num_gpus > 1:
+    if num_gpus > 1 and task.is_distributed:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         command.append(str(num_gpus))
     return [*command, *words, *arguments]

@@ -23,6 +23,7 @@ class Task:
         flags: The flags in the record, without paths of this machine.
         run: Folder of the training run, if the task is a training run.
         total_images: Number of images of the whole training run.
+        is_distributed: Whether the command runs with one process per GPU if there are several.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     flags: tuple[str, ...] = ()
     run: Path | None = None
     total_images: int = 0
+    is_distributed: bool = True
 
     def log_path(self, folder: Path) -> Path:
         """Return the path of the log in the output directory of the study."""
@@ -44,6 +46,8 @@ class Task:
     def format_command(self, gpus: int = 1) -> str:
         """Return the command line that executes the task on all GPUs of a machine."""
         launcher = "python"
+        if not self.is_distributed:
+            gpus = 1
         if gpus > 1 and self.command[0] == "train.py":
             launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
         elif gpus > 1:

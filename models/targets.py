@@ -4,6 +4,7 @@
 B batch, C channels, H and W latent height and width, p patch size, N = HW / p^2 tokens, D width.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -245,6 +246,8 @@ class SelfTranscendence(Target):
         if block is None:
             block = round(2 * network.depth / 3)
         _check_block(network, "teacher_block", block)
+        if not math.isfinite(settings.guidance):
+            raise FieldError("guidance", f"{settings.guidance} is not a finite number")
         return Plan(network.width, {"teacher_block": block, "guidance": settings.guidance})
 
     @staticmethod

@@ -134,6 +134,11 @@ def plan_alignments(
     """
     entries = []
     for config in alignments:
+        if config.target_norm == "zscore" and network.grid_size == 1:
+            raise UserError(
+                "--target-norm zscore needs several tokens per image, but the patch of this model "
+                "is the whole latent: remove the flag, or choose a --model with smaller patches"
+            )
         with _convert_field_errors(config.method):
             plan = TARGETS[config.method].plan(config.settings, network, cache)
         norm_fields = NORM_FIELDS if config.target_norm != "none" else ()

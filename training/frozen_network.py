@@ -1,5 +1,6 @@
 """Load a checkpoint of this repository as the frozen network of an alignment target."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def load_frozen_network(
         raise FieldError("checkpoint", str(error)) from None
     if pretrained.model.config != network:
         difference = (
-            f"is {pretrained.identity['model']}, which differs from the network of this run"
+            f"is {pretrained.identity['model']}, which differs from the network of this run "
+            f"({_describe_difference(pretrained.model.config, network)})"
         )
     elif pretrained.vae_fingerprint != manifest.vae_fingerprint:
         difference = "was trained on the latents of another VAE"
@@ -58,3 +60,12 @@ def load_frozen_network(
         model = pretrained.model.to(device)
         return FrozenNetwork(model, pretrained.identity["ema_sha256"])
     raise FieldError("checkpoint", f"{path} {difference}: pass another checkpoint")
+
+
+def _describe_difference(frozen: SiTConfig, network: SiTConfig) -> str:
+    """Return the fields in which two architectures differ, with both values."""
+    return ", ".join(
+        f"{key} {value} instead of {getattr(network, key)}"
+        for key, value in asdict(frozen).items()
+        if value != getattr(network, key)
+    )

@@ -203,6 +203,13 @@ def test_values_have_the_interval_that_their_runs_allow(tmp_path):
     assert row["interval_over"] == "seeds" and row["seeds_done"] == 2
     assert row["progress"] == pytest.approx(2 / 3, abs=1e-4)
 
+    # The metrics of a seed may lack the value of a row.
+    write_metrics(plan, ("b2-none", 2, 400_000, False), 30.0, metrics={"sFID": 6.5})
+    write_metrics(plan, ("b2-none", 1, 400_000, False), 30.0, metrics={"sFID": 6.5})
+    write_metrics(plan, key, 32.0)
+    row = get_row(gather_tables(plan, 8, [10.0]), 2, "SiT-B/2")
+    assert row["values"] == [32.0] and row["interval_over"] == "images"
+
 
 @pytest.mark.parametrize(
     ("changes", "deviation"),
@@ -275,6 +282,12 @@ def test_epochs_and_gpu_hours_follow_from_the_log(tmp_path):
     assert by_name["xl2-none"]["rate_from"] == "other models"
     total = math.fsum(run["remaining_gpu_hours"] for run in result["progress"])
     assert result["remaining_gpu_hours"] == pytest.approx(total)
+
+    # A run of more tables may have been trained further than the selected tables need.
+    write_log(plan, "b2-none", [{"step": 500_000, "images": 1, "images_per_s": 1000.0}])
+    result = gather_tables(plan, 4, [60.0])
+    (run,) = (run for run in result["progress"] if run["run"] == "b2-none")
+    assert run["remaining_gpu_hours"] == 0
 
 
 def test_costs_are_counted_and_compared(tmp_path):
@@ -379,6 +392,9 @@ def test_commands_on_several_gpus_use_a_launcher(monkeypatch):
     words = scheduler.make_command(task, 4)
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert words[3:] == ["--standalone", "--nproc_per_node", "4", "-m", *task.command[1:]]
+    (cost,) = make_plan(Path("x"), TABLES[5]).list_cost_tasks()  # times a single process
+    assert scheduler.make_command(cost, 4)[1:3] == ["-m", "benchmarks.cost"]
+    assert cost.format_command(4).startswith("python -m benchmarks.cost")
     monkeypatch.setattr(scheduler, "list_visible_gpus", lambda: [*"0123"])
     slots = scheduler.Scheduler([], Path("x"), jobs=2, gpus_per_task=2)
     assert [slots.select_gpus(k) for k in (0, 1)] == [["0", "1"], ["2", "3"]]

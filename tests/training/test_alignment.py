@@ -530,7 +530,7 @@ def test_settings_of_a_method_may_be_zero():
         (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number in [0, 1]"),
         (
             ["--layersync-target-block", 4],
-            "--layersync-target-block needs --align layersync, but --align sra2",
+            "--layersync-target-block (--gt-encoder-depth) needs --align layersync, but --align sra2",
         ),
         (
             ["--align", "layersync", "--projector-width", 64],
@@ -578,9 +578,17 @@ def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, f
             ["--align", "selftrans", "--selftrans-checkpoint", "/none"],
             "--selftrans-checkpoint /none does not exist",
         ),
+        (
+            ["--align", "selftrans", "--selftrans-checkpoint", "/x", "--selftrans-guidance", "nan"],
+            "--selftrans-guidance nan is not a finite number",
+        ),
+        (
+            ["--model", "SiT-S/8", "--target-norm", "zscore"],  # the latents are 8 x 8
+            "--target-norm zscore needs several tokens per image",
+        ),
     ],
 )
 def test_targets_that_cannot_be_built_end_in_one_line(call, cache, tmp_path, flags, message):
     code, out = call(train, *train_flags(cache, tmp_path, "run", *flags, projector_width=None))
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
-    assert not (tmp_path / "run/args.json").exists()
+    assert not (tmp_path / "run").exists()

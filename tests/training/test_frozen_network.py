@@ -65,7 +65,8 @@ def test_error_states_how_the_network_differs_from_the_run(load, cache, trained,
         (tmp_path, {}, "has no checkpoints yet"),
         (official, {}, "0400000.pt is a file of another repository: pass a run of this one"),
         (trained, {"network": replace(NETWORK, depth=5)}, "is SiT-Ti/2, which differs from the"),
-        (trained, {"network": replace(NETWORK, num_classes=4)}, "differs from the network"),
+        (trained, {"network": replace(NETWORK, num_classes=4)}, "(num_classes 3 instead of 4): "),
+        (trained, {"network": replace(NETWORK, qk_norm=True)}, "(qk_norm False instead of True): "),
         (trained, {"manifest": manifest}, "was trained on the latents of another VAE: pass"),
         (trained, {"path_type": "cosine"}, "was trained with --path-type linear: pass"),
         (without_null_class, {}, "was trained with --cfg-prob 0 and has no null class, which"),
@@ -88,6 +89,7 @@ def test_other_frozen_network_does_not_resume_a_run(call, cache, trained, tmp_pa
     assert start(1, trained)[0] == 0
     code, out = start(2, tmp_path / "run")
     assert code == 2 and "another setting of --align selftrans: ema_sha256 was" in out
+    assert "pass the settings and files it was started with" in out
     code, out = start(2, trained)
     assert code == 0, out
     code, out = start(3, moved)
