@@ -403,7 +403,7 @@ class SelfTranscendence(AuthorsMethod):
         return self.networks.SiT(**repa_architecture(network))
 
     def find_teacher(self, step: Step) -> SiT | None:
-        return get_alignment(step).target.teacher  # type: ignore[attr-defined]  # of this method
+        return get_alignment(step).target.frozen_network  # type: ignore[attr-defined]  # of this method
 
     def compute_losses(self, case: Case) -> Losses:
         denoising, guided = self.call_loss(case, None)

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # Fields of AlignmentConfig that are recorded in the "align" entries of config.json.
 RECORDED_FIELDS = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step")
-# Fields that are recorded only if the target is standardized, as older versions lack them.
+# Fields that are recorded only if the target is standardized, because older versions lack them.
 NORM_FIELDS = ("target_norm", "zscore_alpha")
 
 
@@ -348,11 +348,9 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
 
 def format_count(num_parameters: int) -> str:
     """Format a number of parameters in millions, or in thousands if below 100,000."""
-    return (
-        f"{num_parameters / 1e6:.1f}M"
-        if num_parameters >= 100_000 or not num_parameters
-        else f"{num_parameters / 1e3:.0f}K"
-    )
+    if 0 < num_parameters < 100_000:
+        return f"{num_parameters / 1e3:.0f}K"
+    return f"{num_parameters / 1e6:.1f}M"
 
 
 @contextmanager

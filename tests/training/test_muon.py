@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.projector import AlignedSiT, Projector
+from models.aligned_sit import AlignedSiT
+from models.projector import Projector
 from models.sit import SiT, SiTConfig
 from training.config import OptimizerConfig
 from training.matrix_exchange import MatrixExchange, ShardedExchange, count_rows, pad_matrices
