@@ -57,7 +57,7 @@ FILES = {
     "dinov2reg-vit-b": ("dinov2reg_vitb.pth", "--dinov2-repository"),
 }
 CLIP_DEPTH = 24  # number of blocks in OpenAI's file
-FIXED = ("pos_embed",)  # parameters that keep their values if the position embedding is not learned
+FIXED = ("pos_embed",)  # fixed parameters of networks whose position embedding is not learned
 
 
 class ClipImageNetwork(nn.Module):
@@ -100,12 +100,11 @@ class DepthLimit:
 
 def randomize(state: dict[str, Tensor], fixed: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Add random numbers to weights, because initial biases and norms would not affect tokens."""
-    return {
-        key: value
-        if key in fixed
-        else value + (0.1 if value.ndim == 1 else 0.02) * torch.randn_like(value)
-        for key, value in state.items()
-    }
+    randomized = {}
+    for key, value in state.items():
+        scale = 0.1 if value.ndim == 1 else 0.02
+        randomized[key] = value if key in fixed else value + scale * torch.randn_like(value)
+    return randomized
 
 
 def make_script(state: dict[str, Tensor]) -> torch.jit.ScriptModule:
@@ -217,7 +216,7 @@ class RepaCode:
             network.build_2d_sincos_position_embedding()
             state = randomize(network.state_dict(), FIXED)
             if name == "mocov3-vit-l":
-                state = {_misname(key): value for key, value in state.items()}
+                state = {_use_published_name(key): value for key, value in state.items()}
             branches = {f"module.base_encoder.{key}": value for key, value in state.items()}
             branches |= {
                 f"module.momentum_encoder.{key}": -branches[f"module.base_encoder.{key}"]
@@ -266,7 +265,7 @@ class RepaCode:
             [encoder], [encoder_type], _ = self.load_encoders(name, "cpu", RESOLUTION)
         encoder.eval()
         tokens = encoder.forward_features(self.preprocess(images, encoder_type))
-        # The selection of tokens in the loop of REPA's train.py.
+        # Select the tokens as the loop of REPA's train.py does.
         if "mocov3" in encoder_type:
             tokens = tokens[:, 1:]
         if "dinov2" in encoder_type:
@@ -274,8 +273,8 @@ class RepaCode:
         return tokens
 
 
-def _misname(key: str) -> str:
-    """Return the name of a parameter in the published ViT-L checkpoint of MoCo v3."""
+def _use_published_name(key: str) -> str:
+    """Return the wrong name that a parameter has in the published ViT-L checkpoint of MoCo v3."""
     names = {
         "blocks.13.norm1.": "blocks.13.norm13.",
         "blocks.13.mlp.fc1.": "blocks.13.mlp.fc13.",
@@ -325,7 +324,10 @@ def compare_encoder(code: RepaCode, name: str, images: Tensor, depth: int) -> di
         tokens_side = int(expected.shape[1] ** 0.5)
         tokens = Encoder(name, RESOLUTION, tokens_side, path)(images)
     if len(limit.requested) != 1:
-        raise UserError(f"{name} has {limit.requested} blocks in the two programs")
+        raise UserError(
+            f"{name}: REPA's code and models/encoder.py request different numbers of blocks, "
+            f"{sorted(limit.requested)}; use the published files of REPA"
+        )
     difference = (tokens - expected).abs().max() / expected.abs().max()
     return {
         "file": REPA_ENCODERS[name].file,

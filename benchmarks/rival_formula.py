@@ -1,6 +1,6 @@
 """The losses of SRA 2, computed from the formulas of docs/method.md with explicit loops.
 
-There is no code of the authors. The computation shares only the weights and the blocks of the
+The authors have not released code. The computation shares only the weights and the blocks of the
 backbone with the training step. The noisy latents, the velocity, the head, the latent patches and
 the losses are written out for each sample and each token.
 """

@@ -1,6 +1,6 @@
 """The losses of alignment methods, computed by the code of their authors.
 
-Each class repeats how the authors' train.py builds the network and combines the losses.
+Each class builds the network and combines the losses as the authors' train.py does.
 Shapes: B batch, N tokens, D width.
 """
 
@@ -22,7 +22,7 @@ from training.alignment import Alignment, head_specs
 STORED_ENCODERS = {"features/dinov2_b": "dinov2-b", "features/dinov2_s": "dinov2-s"}
 
 
-def architecture(config: SiTConfig) -> dict[str, int]:
+def describe_architecture(config: SiTConfig) -> dict[str, int]:
     """Return the arguments that all networks of the authors have in common."""
     return {
         "input_size": config.latent_size,
@@ -35,10 +35,10 @@ def architecture(config: SiTConfig) -> dict[str, int]:
     }
 
 
-def repa_architecture(config: SiTConfig) -> dict[str, int | bool]:
+def describe_repa_architecture(config: SiTConfig) -> dict[str, int | bool]:
     """Return the arguments that networks derived from REPA's have in common."""
     return {
-        **architecture(config),
+        **describe_architecture(config),
         "decoder_hidden_size": config.width,
         "use_cfg": True,
         "fused_attn": True,
@@ -46,22 +46,26 @@ def repa_architecture(config: SiTConfig) -> dict[str, int | bool]:
     }
 
 
-def dropout_draws(inputs: TrainingInputs) -> Tensor:
+def make_dropout_draws(inputs: TrainingInputs) -> Tensor:
     """Return the random numbers with which the authors' networks drop the same labels as ours."""
     return (inputs.labels == inputs.classes).float()
 
 
-def time_draws(inputs: TrainingInputs) -> Tensor:
-    """Return the timesteps in the shape in which most losses draw them, (B, 1, 1, 1)."""
-    return inputs.t[:, None, None, None]
+def make_draws(inputs: TrainingInputs) -> dict[str, list[Tensor]]:
+    """Return the random numbers that most losses draw, by the name of torch's function.
+
+    The timesteps have shape (B, 1, 1, 1).
+    """
+    timesteps = inputs.t[:, None, None, None]
+    return {"rand": [timesteps, make_dropout_draws(inputs)], "randn_like": [inputs.noise]}
 
 
-def token_widths(alignment: Alignment) -> list[int]:
+def list_token_widths(alignment: Alignment) -> list[int]:
     """Return the widths of the tokens of REPA's encoders."""
     return [spec["out"] for spec in head_specs(alignment.target.record).values() if spec]
 
 
-def encoder_tokens(case: Case) -> list[Tensor]:
+def get_encoder_tokens(case: Case) -> list[Tensor]:
     """Return the stored tokens of REPA's encoders."""
     return [case.inputs.cache_inputs[name].float() for name in case.alignment.target.cache_inputs]
 
@@ -85,15 +89,15 @@ class REPA(AuthorsMethod):
 
     def build_network(self, network: SiTConfig, alignment: Alignment) -> nn.Module:
         return self.networks.SiT(
-            **repa_architecture(network),
+            **describe_repa_architecture(network),
             encoder_depth=alignment.config.block,
-            z_dims=token_widths(alignment),
+            z_dims=list_token_widths(alignment),
         )
 
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
-        draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
-        tokens = encoder_tokens(case)
+        draws = make_draws(inputs)
+        tokens = get_encoder_tokens(case)
         with replay_random_numbers(**draws):
             denoising, projection = self.loss(
                 case.network, inputs.latents, {"y": inputs.classes}, zs=tokens
@@ -113,6 +117,13 @@ class REPATwoEncoders(REPA):
     }
 
 
+def make_irepa_flags(kernel: int) -> tuple[str, ...]:
+    """Return the flags of train.py for iREPA with a kernel size."""
+    head = f"--projector-type conv --projector-kernel {kernel}"
+    target = "--target-norm zscore --zscore-alpha 0.6"
+    return tuple(f"--align repa --align-weight 1 {head} {target}".split())
+
+
 class IREPA(REPA):
     """iREPA (arXiv:2512.10794) with a 3 x 3 convolution, as in its README."""
 
@@ -125,20 +136,7 @@ class IREPA(REPA):
         "ldm/utils.py",
     )
     kernel = 3
-    flags: ClassVar[tuple[str, ...]] = (
-        "--align",
-        "repa",
-        "--align-weight",
-        "1",
-        "--projector-type",
-        "conv",
-        "--projector-kernel",
-        "3",
-        "--target-norm",
-        "zscore",
-        "--zscore-alpha",
-        "0.6",
-    )
+    flags: ClassVar[tuple[str, ...]] = make_irepa_flags(kernel)
     weight = 1.0  # proj_coeff in ldm/configs/irepa.yaml
     zscore_alpha = 0.6  # default of --zscore-alpha in ldm/train.py
     head_prefixes: ClassVar[dict[str, str]] = {
@@ -159,19 +157,19 @@ class IREPA(REPA):
 
     def build_network(self, network: SiTConfig, alignment: Alignment) -> nn.Module:
         return self.networks.SiT(
-            **repa_architecture(network),
+            **describe_repa_architecture(network),
             encoder_depth=alignment.config.block,
-            z_dims=token_widths(alignment),
+            z_dims=list_token_widths(alignment),
             projection_layer_type="conv",
             proj_kwargs_kernel_size=self.kernel,
         )
 
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
-        draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
+        draws = make_draws(inputs)
         tokens = [
             self.normalization(tokens, zscore_alpha=self.zscore_alpha)
-            for tokens in encoder_tokens(case)
+            for tokens in get_encoder_tokens(case)
         ]
         with replay_random_numbers(**draws):
             denoising, projection, _ = self.loss(
@@ -186,7 +184,7 @@ class IREPAKernel1(IREPA):
 
     title = "iREPA, kernel 1"
     kernel = 1
-    flags = tuple("1" if flag == "3" else flag for flag in IREPA.flags)
+    flags = make_irepa_flags(kernel)
 
 
 class HASTE(REPA):
@@ -206,11 +204,11 @@ class HASTE(REPA):
 
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
-        draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
-        tokens = encoder_tokens(case)
+        draws = make_draws(inputs)
+        tokens = get_encoder_tokens(case)
         batch_size, num_tokens, _ = tokens[0].shape
         attention = torch.zeros(1).expand(batch_size, 12, num_tokens, num_tokens)
-        # The loss prints an empty line.
+        # The loss prints an empty line, which is discarded.
         with replay_random_numbers(**draws), contextlib.redirect_stdout(io.StringIO()):
             denoising, _, projection = self.loss(
                 case.network,
@@ -248,20 +246,20 @@ class LayerSync(AuthorsMethod):
 
     def load(self) -> None:
         self.networks = self.import_file("models.py")
-        # The solvers of the package, which sample, import torchdiffeq.
+        # The package's solvers, which only sampling uses, import torchdiffeq.
         transport = self.import_file("transport/__init__.py", unavailable=["torchdiffeq"])
         self.transport = transport.create_transport("Linear", "velocity")
 
     def build_network(self, network: SiTConfig, alignment: Alignment) -> nn.Module:
         return self.networks.SiT(
-            **architecture(network),
+            **describe_architecture(network),
             encoder_depth=alignment.config.block,
             gt_encoder_depth=alignment.target.record["target_block"],
         )
 
     def compute_losses(self, case: Case) -> Losses:
         inputs = case.inputs
-        draws = {"rand": [1 - inputs.t, dropout_draws(inputs)], "randn_like": [inputs.noise]}
+        draws = {"rand": [1 - inputs.t, make_dropout_draws(inputs)], "randn_like": [inputs.noise]}
         with replay_random_numbers(**draws):
             terms = self.transport.training_losses(
                 case.network, inputs.latents, {"y": inputs.classes}, loss_type="layer_sync"
@@ -295,7 +293,7 @@ class SRA(AuthorsMethod):
         self.losses = self.import_file("SiT-SRA/loss.py")
 
     def build_network(self, network: SiTConfig, alignment: Alignment) -> nn.Module:
-        return self.networks.SiT(**repa_architecture(network))
+        return self.networks.SiT(**describe_repa_architecture(network))
 
     def find_teacher(self, step: Step) -> SiT | None:
         return step.state.emas[0]
@@ -320,11 +318,8 @@ class SRA(AuthorsMethod):
         )
         loss.criterion = criterion
         inputs = case.inputs
-        draws = {
-            "rand": [time_draws(inputs), dropout_draws(inputs)],
-            "rand_like": [inputs.target_uniform[:, None, None, None]],
-            "randn_like": [inputs.noise],
-        }
+        draws = make_draws(inputs)
+        draws["rand_like"] = [inputs.target_uniform[:, None, None, None]]
         with replay_random_numbers(**draws):
             return loss(case.network, inputs.latents, case.teacher, inputs.classes)
 
@@ -371,13 +366,8 @@ class SelfTranscendence(AuthorsMethod):
     repository = "selftrans"
     files = ("loss.py", "models/sit_selftrans_model.py")
     flags: ClassVar[tuple[str, ...]] = (
-        "--align",
-        "selftrans",
-        "--selftrans-checkpoint",
-        ".",
-        "--align-t-range",
-        "0",
-        "1",
+        *("--align", "selftrans", "--selftrans-checkpoint", "."),
+        *("--align-t-range", "0", "1"),
     )
     weight = 0.5
     offset = 0.0
@@ -400,20 +390,20 @@ class SelfTranscendence(AuthorsMethod):
         self.loss = self.import_file("loss.py").selftrans_Loss()
 
     def build_network(self, network: SiTConfig, alignment: Alignment) -> nn.Module:
-        return self.networks.SiT(**repa_architecture(network))
+        return self.networks.SiT(**describe_repa_architecture(network))
 
     def find_teacher(self, step: Step) -> SiT | None:
-        return get_alignment(step).target.teacher  # type: ignore[attr-defined]  # of this method
+        return get_alignment(step).target.frozen_network  # type: ignore[attr-defined]  # of this method
 
     def compute_losses(self, case: Case) -> Losses:
-        denoising, guided = self.call_loss(case, None)
-        denoising, guided = denoising.mean(), guided.mean()
-        return Losses(denoising, guided, denoising + self.weight * guided)
+        denoising, alignment = self.call_loss(case, None)
+        denoising, alignment = denoising.mean(), alignment.mean()
+        return Losses(denoising, alignment, denoising + self.weight * alignment)
 
     def call_loss(self, case: Case, t_range: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
         """Call the authors' loss with a range of timesteps."""
         inputs = case.inputs
-        draws = {"rand": [time_draws(inputs), dropout_draws(inputs)], "randn_like": [inputs.noise]}
+        draws = make_draws(inputs)
         with replay_random_numbers(**draws):
             return self.loss(
                 case.teacher,
@@ -445,9 +435,9 @@ class SelfTranscendenceInRange(SelfTranscendence):
     )
 
     def compute_losses(self, case: Case) -> Losses:
-        denoising, guided = self.call_loss(case, None)
-        denoising, guided = denoising.mean(), (self.make_mask(case) * guided).mean()
-        return Losses(denoising, guided, denoising + self.weight * guided)
+        denoising, alignment = self.call_loss(case, None)
+        denoising, alignment = denoising.mean(), (self.make_mask(case) * alignment).mean()
+        return Losses(denoising, alignment, denoising + self.weight * alignment)
 
     def make_mask(self, case: Case) -> Tensor:
         """Return 1 for samples in the range and 0 for others, (B,)."""
@@ -456,11 +446,11 @@ class SelfTranscendenceInRange(SelfTranscendence):
 
     def measure_differences(self, case: Case) -> dict[str, float]:
         _, masked = self.call_loss(case, self.t_range)
-        _, guided = self.call_loss(case, None)
+        _, alignment = self.call_loss(case, None)
         return {
             "alignment loss of the authors with --t-range": masked.mean().item(),
             "mean of the mask times mean of the loss": (
-                self.make_mask(case).mean() * guided.mean()
+                self.make_mask(case).mean() * alignment.mean()
             ).item(),
         }
 

@@ -4,8 +4,8 @@ r"""Compare the losses and gradients of the alignment methods with the code of t
         --haste-repository HASTE --layersync-repository LayerSync --sra-repository SRA \
         --selftrans-repository Self-Transcendence --json rivals.json
 
-The flags are clones of the repositories in docs/rivals.md; the methods of the other repositories
-are omitted. For SRA 2, which has no code of its authors, the formulas are evaluated with loops
+Pass clones of the repositories in docs/rivals.md; methods whose repository is not passed are
+omitted. The authors of SRA 2 have not released code, so its formulas are evaluated with loops
 (benchmarks/rival_formula.py).
 
 For each method, the authors' network and the step of train.py get the same random weights, latents,
@@ -76,7 +76,7 @@ def build_our_step(flags: tuple[str, ...], size: Size) -> Step:
 
 @cache
 def describe_stored_encoder(encoder: str, resolution: int) -> EncoderShape:
-    """Return the sizes of an encoder, which take a fraction of a second to determine."""
+    """Return the sizes of an encoder. The result is cached, because it takes long to determine."""
     return describe_encoder(encoder, resolution)
 
 
@@ -180,11 +180,14 @@ def compare_gradients(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> 
     """Compare gradients by the norm of their difference, relative to the norm of the reference.
 
     Raises:
-        UserError: A parameter exists on one side only.
+        UserError: A parameter exists in only one of the networks.
     """
     if ours.keys() != reference.keys():
         names = ", ".join(sorted(ours.keys() ^ reference.keys()))
-        raise UserError(f"only one of the networks has the parameters {names}")
+        raise UserError(
+            f"only one of the networks has the parameters {names}; check out the commit of the "
+            "clone that --help states"
+        )
     differences = {}
     for name, gradient in reference.items():
         scale = gradient.norm().clamp(min=torch.finfo(torch.float32).tiny)

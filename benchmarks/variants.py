@@ -27,17 +27,11 @@ from training.config import (
     parse_settings,
 )
 
-# Variants of a method with other settings than its defaults.
+# Variant -> flags of train.py that differ from the defaults of its method.
 VARIANT_FLAGS = {
     "irepa": [
-        "--align",
-        "repa",
-        "--projector-type",
-        "conv",
-        "--target-norm",
-        "zscore",
-        "--align-weight",
-        "1",
+        *("--align", "repa", "--align-weight", "1"),
+        *("--projector-type", "conv", "--target-norm", "zscore"),
     ],
 }
 

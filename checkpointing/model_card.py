@@ -82,7 +82,7 @@ def format_card(
     library = ""
     diffusers_section = (
         "There is no version for diffusers, because the network does not predict velocities, has "
-        "QK normalization, or would have other outputs in diffusers."
+        "QK normalization, or would compute other outputs in diffusers."
     )
     if difference is not None:
         library = "library_name: diffusers\n"
@@ -173,7 +173,7 @@ def _describe_optimizer(settings: dict) -> str:
         parts.append(f"warm-up of {settings['lr_warmup_steps']:,} steps")
     schedule = settings.get("lr_schedule", "constant")
     if schedule != "constant":
-        parts.append(f"{schedule} decay to {settings['lr_min_factor']:g} of it")
+        parts.append(f"{schedule} decay to {settings['lr_min_factor']:g} times this rate")
     return ", ".join(parts)
 
 

@@ -137,12 +137,12 @@ def train(kind: str, steps: int, out: Path | None = None) -> list[Losses]:
     losses: list[Losses] = []
     while len(losses) < steps:
         for batch in loader:
-            # Noise is added as in the scheduler: sigma is 0 for images and 1 for noise.
+            # Add noise as the scheduler does: sigma is 0 for images and 1 for noise.
             latents = batch.pop("latents")
             noise = torch.randn_like(latents)
-            steps_of_noise = torch.randint(len(scheduler.timesteps), (len(latents),))
-            timesteps = scheduler.timesteps[steps_of_noise].to(latents.device)
-            sigmas = scheduler.sigmas[steps_of_noise].to(latents.device)
+            step_indices = torch.randint(len(scheduler.timesteps), (len(latents),))
+            timesteps = scheduler.timesteps[step_indices].to(latents.device)
+            sigmas = scheduler.sigmas[step_indices].to(latents.device)
             sigma = sigmas[:, None, None, None]
             noisy = (1 - sigma) * latents + sigma * noise
             prediction = transformer(noisy, timestep=timesteps, **batch).sample

@@ -28,7 +28,7 @@ EMA_DECAY = 0.99
 
 
 class Transformer(nn.Module):
-    """A transformer that predicts the velocity; replace it by your own."""
+    """A transformer that predicts the velocity; replace it with your own."""
 
     def __init__(self) -> None:
         super().__init__()

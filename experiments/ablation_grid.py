@@ -30,7 +30,7 @@ class AxisValue(NamedTuple):
 
 
 def list_axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
-    """Return the values of each axis by their labels.
+    """Return the values of each axis, by label.
 
     Args:
         model: A preset of models/sit.py. The paper's FIDs per aligned block apply only to

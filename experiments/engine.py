@@ -19,15 +19,15 @@ logger = get_logger(__name__)
 
 @dataclass
 class Study:
-    """The runs of a study, and how its result is described and reported.
+    """The runs of a study, and the functions that describe and report its result.
 
     Attributes:
         kind: The kind of the result (see `save_result`).
         cells: The runs.
         folder: The output directory.
         path: The JSON file of the result.
-        describe: Returns all entries of the result except the runs. It is given the entries of the
-            runs, and may complete them.
+        describe: Returns all entries of the result except the runs. It receives the entries of the
+            runs, and may add values to them.
         report: Writes the table and the figure of the file. It is called if the runs include the
             baseline.
         baseline: Name of the runs that the others are compared with, or None.
@@ -115,9 +115,9 @@ class Study:
 
 
 def run_in_this_process(tasks: Sequence[Task], folder: Path) -> dict[str, str]:
-    """Execute the unfinished tasks one after the other, without a process for each.
+    """Execute the unfinished tasks one after the other in this process.
 
-    This saves the start of a process, which takes longer than a small task.
+    The start of a separate process would take longer than a small task.
 
     Args:
         tasks: Tasks whose command is sample_ddp.py or a module with a function `main`.

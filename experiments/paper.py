@@ -4,7 +4,7 @@ r"""Reproduce Tables 1, 2, 3 and 5 of the SRA 2 paper (arXiv:2601.17830).
     python -m experiments.paper --slurm jobs && bash jobs/submit.sh  on a SLURM cluster
     python -m experiments.paper --run --gpus 8                       on this machine
     python -m experiments.paper --gather                             the tables so far
-    python -m experiments.paper --scale demo --run --gather          the whole path in minutes
+    python -m experiments.paper --scale demo --run --gather          all stages in minutes
 
 The images are encoded once. Each run is trained, sampled at the checkpoints of the tables and
 evaluated. Rerun the same command to resume after an interruption. --gather writes paper.json, with
@@ -12,7 +12,7 @@ the tables in paper.md and a figure in paper.png: the paper's values, ours with 
 they are comparable, the progress and the remaining GPU-hours. Flags after -- are passed to every
 run of train.py.
 
---scale demo trains tiny networks on the bundled images. Its results are no evidence.
+--scale demo trains tiny networks on the bundled images. Its results are not evidence.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def make_parser() -> cli.Parser:
         (cli.positive_float, cli.fraction, cli.fraction),
         DEFAULT_GUIDANCE,
     ):
-        text = "guidance of Table 3, as in sample_ddp.py; that of the paper is not known"
+        text = "guidance of Table 3, as in sample_ddp.py; the paper's value is not known"
         add(flag, type=kind, default=value, help=text)
     add(
         "--ep-fid",

@@ -1,4 +1,4 @@
-"""Write the tables and the figure of experiments/paper.py from its JSON result alone."""
+"""Write the tables and the figure of experiments/paper.py from its JSON result only."""
 
 import math
 from pathlib import Path
@@ -33,12 +33,12 @@ def format_tables(result: JsonObject) -> str:
         lines += [*(format_cost_table if table["number"] == 5 else format_table)(table), ""]
     lines += format_epochs(result)
     lines += format_progress(result)
-    lines += explain(result)
+    lines += format_remarks(result)
     return "\n".join([*lines, "", "```bash", result["command"], "```", ""])
 
 
 def format_table(table: JsonObject) -> list[str]:
-    """Return the lines of a table of FIDs. Deviations of all rows are stated once, below it."""
+    """Return the lines of a table of FIDs. Deviations that all rows share are listed below it."""
     measured_rows = [row for row in table["rows"] if row["run"] and row["ours"] is not None]
     common: list[str] = []
     if len(measured_rows) > 1:
@@ -98,7 +98,7 @@ def format_ours(row: JsonObject, spec: str) -> str:
 
 
 def format_interval(row: JsonObject, spec: str) -> str:
-    """Format the interval of our value, and what it is taken over."""
+    """Format the interval of our value, and state whether it is over seeds or images."""
     if row["ours"] is None:
         return ""
     if row["interval"] is None:
@@ -186,7 +186,7 @@ def format_progress(result: JsonObject) -> list[str]:
     ]
 
 
-def explain(result: JsonObject) -> list[str]:
+def format_remarks(result: JsonObject) -> list[str]:
     """Return the remarks below the tables."""
     scale, low, high = result["guidance"]["used"]
     seeds = " ".join(map(str, result["seeds"]))
@@ -213,11 +213,10 @@ def draw_figure(result: JsonObject, path: Path) -> None:
         for metric in dict.fromkeys(row["metric"] for row in table["rows"])
         if metric != "sFID"
     ]
-    rows_of = {
-        index: [row for row in table["rows"] if row["metric"] == metric]
-        for index, (table, metric) in enumerate(panels)
-    }
-    heights = [len(rows) + 1.5 for rows in rows_of.values()] or [1]
+    panel_rows = [
+        [row for row in table["rows"] if row["metric"] == metric] for table, metric in panels
+    ]
+    heights = [len(rows) + 1.5 for rows in panel_rows] or [1]
     figure, grid = plt.subplots(
         max(1, len(panels)),
         2,
@@ -227,7 +226,7 @@ def draw_figure(result: JsonObject, path: Path) -> None:
         squeeze=False,
     )
     for index, (table, metric) in enumerate(panels):
-        draw_panels(grid[index], table, metric, rows_of[index], result["metrics"][metric])
+        draw_panels(grid[index], table, metric, panel_rows[index], result["metrics"][metric])
     title = "The paper's values (left) and ours (right)"
     if not result["is_evidence"]:
         title += f"\n{DEMO_STAMP}"

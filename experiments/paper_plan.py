@@ -1,6 +1,6 @@
 """Plan the commands for the paper's tables: encode, train, sample and evaluate.
 
-Two scales exist. `imagenet` uses the settings of the paper. `demo` takes the same path on the
+Two scales exist. `imagenet` uses the settings of the paper. `demo` runs the same stages on the
 bundled images in minutes, with these rules:
 
 - Every model is replaced by SiT-Ti/2, and an aligned block keeps its relative depth.
@@ -187,7 +187,7 @@ class PaperPlan:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the results are no evidence."""
+        """Whether the scale is the demo, whose results are not evidence."""
         return self.scale == "demo"
 
     @property

@@ -148,6 +148,7 @@ def measure_row(results: Results, key: str | None) -> JsonObject:
     for contents in results.values():
         numbers = [content["metrics"].get(key) for content in contents]
         if all(number is not None for number in numbers):
+            # A row with `minus` reports the difference between two runs.
             values.append(numbers[0] - sum(numbers[1:]))
             # A difference of runs has no interval over images.
             interval = contents[0].get("intervals", {}).get(key) if len(contents) == 1 else None
@@ -159,7 +160,7 @@ def measure_row(results: Results, key: str | None) -> JsonObject:
         estimate = compute_t_interval(values)
         return measured | {"interval": [estimate.low, estimate.high], "interval_over": "seeds"}
     (interval,) = intervals
-    return measured | {"interval": interval, "interval_over": interval and "images"}
+    return measured | {"interval": interval, "interval_over": "images" if interval else None}
 
 
 def list_deviations(
@@ -191,9 +192,9 @@ def compare_with_protocol(
     """Yield the deviations of a metrics.json from the protocol of the paper."""
     sampling = content.get("sampling") or {}
 
-    def differs(what: str, value: Any, expected: Any) -> Iterator[str]:
+    def differs(setting: str, value: Any, expected: Any) -> Iterator[str]:
         if value != expected:
-            yield f"{what} {format_setting(value)} instead of {format_setting(expected)}"
+            yield f"{setting} {format_setting(value)} instead of {format_setting(expected)}"
 
     # Training.
     yield from differs("model", sampling.get("model"), run.model)
@@ -380,18 +381,15 @@ def gather_epochs(plan: PaperPlan, levels: list[float]) -> list[JsonObject]:
     A curve consists of the evaluated checkpoints without guidance, and of evaluations during
     training with the same metric and number of samples. Seeds are averaged at the points that all
     of them have. Between points, log(FID) is interpolated linearly in log(epochs). The bounds
-    [low, high] are equal if the crossing is inside of the curve; high is None if it is never
+    [low, high] are equal if the crossing is inside the curve; high is None if the FID is never
     reached.
     """
     key = plan.settings.metrics[FID] or FID
     epoch = plan.settings.images_per_epoch
     entries = []
     for run in dict.fromkeys(planned.run for planned in plan.runs):
-        curves = [
-            curve
-            for planned in plan.runs
-            if planned.run == run and (curve := read_curve(plan, planned, key))
-        ]
+        curves = [read_curve(plan, planned, key) for planned in plan.runs if planned.run == run]
+        curves = [curve for curve in curves if curve]
         points = sorted(set.intersection(*map(set, curves))) if curves else []
         if not points:
             continue

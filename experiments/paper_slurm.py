@@ -77,7 +77,7 @@ def write_slurm_scripts(plan: PaperPlan, folder: Path, gpus: int) -> None:
     Args:
         plan: The plan of the tables.
         folder: Folder of the scripts and of their output.
-        gpus: Number of GPUs of a node, which a job uses.
+        gpus: Number of GPUs of a job, on one node.
     """
     evaluations = [*plan.evaluations.values()]
     stages = {

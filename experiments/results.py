@@ -42,7 +42,7 @@ def find_recorded_runs(cells: list[Cell], path: Path, study: str) -> dict[Cell, 
     Args:
         cells: The runs of this study.
         path: The JSON file of the earlier result.
-        study: The kind of the result, which `load_result` checks.
+        study: The required kind of the result (see `load_result`).
 
     Returns:
         The entries of the earlier result.

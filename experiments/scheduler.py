@@ -1,4 +1,4 @@
-"""Execute the commands of a study in processes of their own, several at a time."""
+"""Execute the commands of a study in separate processes, several at a time."""
 
 import fcntl
 import json
@@ -183,7 +183,7 @@ class Scheduler:
                 self.errors[task.name] = f"needs {task.find_missing_input()}, which does not exist"
 
     def can_continue(self) -> bool:
-        """Return whether a pending task can start, now or after a process of a killed study."""
+        """Return whether a pending task can start, or a process of a killed study executes one."""
         return any(
             not task.find_missing_input() or is_running(task, self.folder) for task in self.pending
         )

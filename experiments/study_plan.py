@@ -69,8 +69,8 @@ METHODS = {
 # The frozen network of Self-Transcendence, which is trained before the other runs.
 FIRST_STAGE = "selftrans-stage1"
 FIRST_STAGE_SEED = 100
-# Guidance of its tokens for small images, and values that --tune compares with it. For SiT-B/2, the
-# authors use 30.
+# Scale of the guidance of its tokens for small images, and scales that --tune compares with it. The
+# authors use 30 for SiT-B/2.
 GUIDANCE = 5
 OTHER_GUIDANCES = (1, 2, 30)
 
@@ -266,22 +266,7 @@ class StudyPlan:
         """
         shared = self.make_shared_flags()
         tuned = [name for name in self.methods if METHODS[name].tuned_methods == {name}]
-        blocks = SCALES[self.scale].blocks
-        guidance_cells = [
-            Cell(
-                f"selftrans-guidance{guidance}",
-                seed,
-                (
-                    *shared,
-                    *self.make_method_flags("selftrans", {"selftrans": blocks[len(blocks) // 2]}),
-                    *("--selftrans-guidance", str(guidance)),
-                ),
-            )
-            for seed in self.seeds
-            for guidance in OTHER_GUIDANCES
-            if "selftrans" in tuned
-        ]
-        block_cells = [
+        cells = [
             Cell(
                 f"{name}-block{block}",
                 seed,
@@ -289,9 +274,26 @@ class StudyPlan:
             )
             for seed in self.seeds
             for name in tuned
-            for block in blocks
+            for block in SCALES[self.scale].blocks
         ]
-        return [*block_cells, *guidance_cells]
+        if "selftrans" in tuned:
+            cells += self.make_guidance_cells()
+        return cells
+
+    def make_guidance_cells(self) -> list[Cell]:
+        """Return the runs of --tune that compare scales of the guidance, with the middle block."""
+        blocks = SCALES[self.scale].blocks
+        middle_block = {"selftrans": blocks[len(blocks) // 2]}
+        flags = [*self.make_shared_flags(), *self.make_method_flags("selftrans", middle_block)]
+        return [
+            Cell(
+                f"selftrans-guidance{guidance}",
+                seed,
+                (*flags, "--selftrans-guidance", str(guidance)),
+            )
+            for seed in self.seeds
+            for guidance in OTHER_GUIDANCES
+        ]
 
 
 def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:

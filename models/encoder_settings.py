@@ -57,7 +57,8 @@ def split_settings(settings: EncoderSettings) -> list[EncoderSettings]:
     """Return the settings of each encoder.
 
     Raises:
-        FieldError: If an encoder is repeated, or the number of values is not that of the encoders.
+        FieldError: If an encoder is repeated, or if a setting has another number of values than
+            there are encoders.
     """
     names = settings.encoder.split(",")
     if len(names) == 1:
@@ -76,30 +77,41 @@ def split_settings(settings: EncoderSettings) -> list[EncoderSettings]:
             raise FieldError(
                 "encoder", f"{settings.encoder}: {name} is repeated; pass each encoder once"
             )
-    files: list[Path | None] = [None] * len(names)
-    if settings.weights:
-        paths = str(settings.weights).split(",")
-        if len(paths) != len(names):
-            raise FieldError(
-                "weights",
-                f"{settings.weights}: pass {len(names)} files separated by commas, in the order of "
-                f"{settings.encoder}, not {len(paths)}; {AUTO_WEIGHTS} downloads the weights of an "
-                "encoder",
-            )
-        files = [None if path == AUTO_WEIGHTS else Path(path) for path in paths]
-    sides: list[int | None] = [None] * len(names)
-    if settings.side is not None:
-        parts = [parse_sides(part) for part in str(settings.side).split(",")]
-        sides = [part for part in parts if isinstance(part, int)]
-        if len(parts) == 1:
-            sides *= len(names)
-        if len(sides) != len(names):
-            raise FieldError(
-                "side",
-                f"{settings.side}: pass one number of pixels for all encoders, or {len(names)} "
-                f"numbers separated by commas, in the order of {settings.encoder}",
-            )
+    files = _split_weights(settings, len(names))
+    sides = _split_sides(settings, len(names))
     sources = settings.source.split(",")
     if len(sources) == 1:
         sources *= len(names)
     return [EncoderSettings(*values) for values in zip(names, files, sides, sources, strict=True)]
+
+
+def _split_weights(settings: EncoderSettings, count: int) -> list[Path | None]:
+    """Return the weights file of each of `count` encoders; None if timm downloads the weights."""
+    if settings.weights is None:
+        return [None] * count
+    paths = str(settings.weights).split(",")
+    if len(paths) != count:
+        raise FieldError(
+            "weights",
+            f"{settings.weights}: pass {count} files separated by commas, in the order of "
+            f"{settings.encoder}, not {len(paths)}; {AUTO_WEIGHTS} downloads the weights of an "
+            "encoder",
+        )
+    return [None if path == AUTO_WEIGHTS else Path(path) for path in paths]
+
+
+def _split_sides(settings: EncoderSettings, count: int) -> list[int | None]:
+    """Return the input size of each of `count` encoders in pixels; None selects the default."""
+    if settings.side is None:
+        return [None] * count
+    parts = [parse_sides(part) for part in str(settings.side).split(",")]
+    sides: list[int | None] = [part for part in parts if isinstance(part, int)]
+    if len(parts) == 1:
+        sides *= count
+    if len(sides) != count:
+        raise FieldError(
+            "side",
+            f"{settings.side}: pass one number of pixels for all encoders, or {count} numbers "
+            f"separated by commas, in the order of {settings.encoder}",
+        )
+    return sides

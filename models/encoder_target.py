@@ -38,7 +38,7 @@ class EncoderTokens(Target):
     """The target of REPA: the patch tokens of frozen, pretrained image encoders.
 
     As in REPA, each of several encoders has a head, and the loss is the mean over the encoders.
-    The heads are named by the positions of their encoders.
+    Each head is named by the position of its encoder, such as "0".
     """
 
     name = "repa"
@@ -185,8 +185,8 @@ def _find_features(
     """Return the folder of the stored features that fit the settings, or None.
 
     Raises:
-        FieldError: If there are several, or if the settings require stored features and there are
-            none.
+        FieldError: If several folders fit, or if the settings require stored features and no folder
+            fits.
     """
     folders = [
         folder

@@ -41,7 +41,7 @@ class Projector(nn.Sequential):
         hidden: Width of the hidden layers. The default is 2 * width.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("layers", "hidden")  # in the entry in config.json
+    options: ClassVar[tuple[str, ...]] = ("layers", "hidden")  # keys of its entry in config.json
 
     def __init__(self, width: int, output_dim: int, layers: int = 5, hidden: int | None = None):
         hidden = hidden or 2 * width
@@ -70,7 +70,7 @@ class Projector(nn.Sequential):
 class ConvHead(nn.Module):
     """A convolution over the token grid: (B, N, width) -> (B, N, output_dim) in float32.
 
-    This is the head of iREPA (arXiv:2512.10794), whose formula has kernel size 3. Like there, the
+    This is the head of iREPA (arXiv:2512.10794), whose formula has kernel size 3. As there, the
     weights have PyTorch's default initialization, and the grid is padded with zeros.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# REPA's name -> letter in the names of DINOv2's files, and size in timm's names.
+# Letter of the size in REPA's names and in the names of DINOv2's files -> size in timm's names.
 _DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 
@@ -26,14 +26,15 @@ class RepaEncoder:
     """An encoder of REPA and its published file of weights."""
 
     timm_name: str
-    file: str  # published file of weights, as its authors name it
-    project: str  # where the file is linked
+    file: str  # name of the published file of weights
+    project: str  # URL of the repository that links the file
     has_final_norm: bool = True  # whether REPA applies the final layer norm to the tokens
     in_timm: bool = True  # whether timm downloads these weights
-    arguments: dict[str, Any] = field(default_factory=dict)  # of timm's architecture
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of timm's network
     # Entries of timm's `pretrained_cfg` to replace.
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    # Reads the file as a state dict that timm converts. By default, timm reads the file.
+    # Function that reads the file as a state dict for timm to convert. By default, timm reads the
+    # file.
     read: Callable[[Path], dict[str, Tensor]] | None = None
 
     @property

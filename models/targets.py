@@ -208,11 +208,12 @@ class SelfTranscendenceSettings:
 
 
 class SelfTranscendence(Target):
-    """The target of the second stage of Self-Transcendence: tokens of a frozen network of ours.
+    """The target of the second stage of Self-Transcendence: the tokens of a frozen network.
 
-    The frozen network receives the same noisy latents and timesteps as the student. It is evaluated
-    with the class, which is never dropped, and with the null class, and classifier-free guidance is
-    applied to the tokens. Source: arXiv:2601.07773 and selftrans_Loss in its code.
+    The frozen network is the result of an earlier run. It receives the same noisy latents and
+    timesteps as the student. It is evaluated with the class, which is never dropped, and with the
+    null class, and classifier-free guidance is applied to the tokens. Source: arXiv:2601.07773 and
+    selftrans_Loss in its code.
     """
 
     name = "selftrans"
@@ -223,11 +224,11 @@ class SelfTranscendence(Target):
     def __post_init__(self) -> None:
         needs_null_class = self.record["guidance"] != 1
         frozen = self.context.load_network(self.settings.checkpoint, needs_null_class)
-        self.teacher = frozen.network
+        self.frozen_network = frozen.network
         self.ema_sha256 = frozen.ema_sha256
-        del self.teacher.blocks[self.record["teacher_block"] :]
+        del self.frozen_network.blocks[self.record["teacher_block"] :]
         if self.context.compile:
-            self.teacher.compile_blocks()
+            self.frozen_network.compile_blocks()
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str | None) -> Defaults:
@@ -254,8 +255,8 @@ class SelfTranscendence(Target):
     def cost(record: dict, network: SiTConfig, cache: CacheInfo) -> Cost:
         depth = record["teacher_block"]
         with torch.device("meta"):
-            teacher = SiT(replace(network, depth=depth))
-        used = [*teacher.blocks, teacher.x_embedder, teacher.t_embedder, teacher.y_embedder]
+            frozen = SiT(replace(network, depth=depth))
+        used = [*frozen.blocks, frozen.x_embedder, frozen.t_embedder, frozen.y_embedder]
         num_parameters = sum(p.numel() for module in used for p in module.parameters())
         num_passes = 1 if record["guidance"] == 1 else 2
         return Cost(num_parameters, num_passes * backbone_flops(network, depth))
@@ -278,7 +279,8 @@ class SelfTranscendence(Target):
 
     def _compute_tokens(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         block = self.record["teacher_block"]
-        return self.teacher.compute_block_tokens(x_t, t, labels, (block,))[block].float()
+        tokens = self.frozen_network.compute_block_tokens(x_t, t, labels, (block,))
+        return tokens[block].float()
 
 
 def _check_block(network: SiTConfig, setting: str, block: int) -> None:

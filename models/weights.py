@@ -1,6 +1,6 @@
 """Load timm networks by name, and hash weights.
 
-timm is imported inside functions, because this takes a second and `--help` needs only names.
+timm is imported inside functions, because the import takes a second and `--help` needs only names.
 """
 
 import difflib
@@ -121,7 +121,7 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
 
 
 def _check_file(weights: Path, name: str) -> None:
-    """Raise FieldError unless the file exists and is of a kind that this encoder may read."""
+    """Raise FieldError unless the file exists and has a format that the encoder may read."""
     if not weights.exists():
         raise FieldError("weights", f"{weights} does not exist")
     encoder = REPA_ENCODERS.get(name)

@@ -109,7 +109,7 @@ def read_commands(script: str) -> list[list[str]]:
     return [words[words.index(script) + 1 :] for words in commands if script in words]
 
 
-def test_training_commands_set_what_those_of_repa_and_sra_set():
+def test_training_commands_set_the_values_of_repa_and_sra():
     repa, sra = (parse_settings(words) for words in read_commands("train.py"))
     (alignment,) = repa.alignments
     assert (alignment.method, alignment.block, alignment.weight) == ("repa", 8, 0.5)

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # Fields of AlignmentConfig that are recorded in the "align" entries of config.json.
 RECORDED_FIELDS = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step")
-# Fields that are recorded only if the target is standardized, as older versions lack them.
+# Fields that are recorded only if the target is standardized, because older versions lack them.
 NORM_FIELDS = ("target_norm", "zscore_alpha")
 
 
@@ -314,50 +314,51 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
         cache: Properties of the latent cache.
     """
     config = model.backbone.config
-    backbone_flop_count = backbone_flops(config)
-    backbone_size = sum(p.numel() for p in model.backbone.parameters())
+    line = f"{entry['method']}: {_describe_settings(entry)}"
+    if not entry["weight"]:
+        return f"{line}; not computed"
+    flops = backbone_flops(config)
     specs = head_specs(entry)
-    head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
-    flops = sum(head_flops(config, spec) for spec in specs.values())
+    num_head_parameters = sum(p.numel() for name in specs for p in model.heads[name].parameters())
+    if num_head_parameters:
+        size_ratio = num_head_parameters / sum(p.numel() for p in model.backbone.parameters())
+        flop_ratio = sum(head_flops(config, spec) for spec in specs.values()) / flops
+        line += (
+            f"; head: {format_count(num_head_parameters)} parameters (+{size_ratio:.1%}), "
+            f"+{flop_ratio:.1%} FLOPs forward and backward"
+        )
+    else:
+        line += "; no head"
+    cost = TARGETS[entry["method"]].cost(entry, config, cache)
+    if cost.flops:
+        line += (
+            f"; target: {format_count(cost.parameters)} parameters, "
+            f"+{cost.flops / flops:.1%} FLOPs forward"
+        )
+    return line
+
+
+def _describe_settings(entry: dict) -> str:
+    """Describe the settings of a method in config.json: target, block, loss and weight."""
     method_settings = "".join(
         f"{key.replace('_', ' ')} {format_value(value)}, "
         for key, value in entry.items()
         if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint", "ema_sha256")
     )
-    head = "no head"
-    if head_size:
-        head = (
-            f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
-            f"+{flops / backbone_flop_count:.1%} FLOPs forward and backward"
-        )
     weight = f"weight {entry['weight']:g}"
     if entry["stop_step"]:
         weight += f" until step {entry['stop_step']:,}"
     if entry["t_range"] != [0, 1]:
         low, high = entry["t_range"]
         weight += f" for t from {low:g} to {high:g}"
-    method = (
-        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, {weight}"
-    )
-    if not entry["weight"]:
-        return f"{method}; not computed"
-    line = f"{method}; {head}"
-    cost = TARGETS[entry["method"]].cost(entry, config, cache)
-    if cost.flops:
-        line += (
-            f"; target: {format_count(cost.parameters)} parameters, "
-            f"+{cost.flops / backbone_flop_count:.1%} FLOPs forward"
-        )
-    return line
+    return f"{method_settings}block {entry['block']}, {entry['loss']}, {weight}"
 
 
 def format_count(num_parameters: int) -> str:
     """Format a number of parameters in millions, or in thousands if below 100,000."""
-    return (
-        f"{num_parameters / 1e6:.1f}M"
-        if num_parameters >= 100_000 or not num_parameters
-        else f"{num_parameters / 1e3:.0f}K"
-    )
+    if 0 < num_parameters < 100_000:
+        return f"{num_parameters / 1e3:.0f}K"
+    return f"{num_parameters / 1e6:.1f}M"
 
 
 @contextmanager

@@ -321,18 +321,20 @@ def _check_conditions(args: argparse.Namespace, alignments: list[AlignmentConfig
             )
 
 
-def _split_per_method(field: dataclasses.Field, given: list | None, methods: list[str]) -> list:
+def _split_per_method(field: dataclasses.Field, passed: list | None, methods: list[str]) -> list:
     """Return one value per method; None where the flag was not passed."""
-    if given is None:
+    if passed is None:
         return [None] * len(methods)
     size = 2 if field.name == "t_range" else 1
-    if len(given) not in (size, size * len(methods)):
+    if len(passed) not in (size, size * len(methods)):
         expected = "1 value" if size == 1 else "2 values"
         if len(methods) > 1:
             expected += (
                 f" for all methods, or {size * len(methods)} for --align {' '.join(methods)}"
             )
-        passed = " ".join(map(str, given))
-        raise UserError(f"{get_flag_names(field)[0]} {passed}: pass {expected}, not {len(given)}")
-    values = given if size == 1 else list(zip(given[::2], given[1::2]))
+        flag = f"{get_flag_names(field)[0]} {' '.join(map(str, passed))}"
+        raise UserError(f"{flag}: pass {expected}, not {len(passed)}")
+    values = passed
+    if size == 2:
+        values = list(zip(passed[::2], passed[1::2]))
     return values * len(methods) if len(values) == 1 else values

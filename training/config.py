@@ -512,6 +512,7 @@ def _check_settings(settings: Settings) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raise UserError if a setting has a value but no effect."""
     required_flags: dict[str, str] = {}
     if optimizer.lr_schedule == "constant":
         required_flags["lr_min_factor"] = "--lr-schedule cosine or linear"

@@ -111,7 +111,7 @@ def format_line(
 ) -> str:
     """Return the line that shows the progress without a terminal.
 
-    It contains only the losses and, if it is given, the learning rate.
+    It contains only the losses and, if given, the learning rate.
 
     Args:
         step: Number of updates so far.

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from common.watchdog import waiting_for_processes
 
-REASON = "the matrices of the other processes"
+WAIT_DESCRIPTION = "the matrices of the other processes"
 
 
 class MatrixExchange:
-    """The exchange without communication: a single process works on all matrices."""
+    """Base class, and the exchange of a single process: all matrices without communication."""
 
     def gather_share(self, rows: Tensor, num_rows: int) -> Tensor:
-        """Return whole matrices, (K, R, C), that this process is to work on.
+        """Return the share of whole matrices that this process works on, (K, R, C).
 
         Args:
             rows: The rows of all matrices that this process holds, (M, r, C).
@@ -54,7 +54,7 @@ class ReplicatedExchange(MatrixExchange):
     def return_rows(self, matrices: Tensor, count: int) -> Tensor:
         """Return the results of all processes."""
         results = matrices.new_empty(self.num_processes * len(matrices), *matrices.shape[1:])
-        with waiting_for_processes(REASON):
+        with waiting_for_processes(WAIT_DESCRIPTION):
             dist.all_gather_into_tensor(results, matrices.contiguous())
         return results[:count]
 
@@ -72,7 +72,7 @@ class ShardedExchange(MatrixExchange):
         self.rank = dist.get_rank(group)
 
     def gather_share(self, rows: Tensor, num_rows: int) -> Tensor:
-        """Send the local rows to the processes that work on them, and assemble the own share."""
+        """Send the local rows to the processes that work on them, and assemble the local share."""
         padded = pad_matrices(rows, self.num_processes)
         share = len(padded) // self.num_processes
         row_counts = count_rows(num_rows, self.num_processes)
@@ -89,19 +89,28 @@ class ShardedExchange(MatrixExchange):
         """Send each process its rows of the results of this process."""
         row_counts = count_rows(matrices.shape[1], self.num_processes)
         parts = matrices.split(row_counts, dim=1)
-        own_size = parts[self.rank].numel()
+        local_size = parts[self.rank].numel()
         received = self._exchange(
             torch.cat([part.flatten() for part in parts]),
             [part.numel() for part in parts],
-            [own_size] * self.num_processes,
+            [local_size] * self.num_processes,
         )
         num_padded = self.num_processes * len(matrices)
         return received.view(num_padded, -1, matrices.shape[2])[:count]
 
     def _exchange(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Exchange parts of a tensor with all processes, given the numbers of values."""
+        """Exchange parts of a tensor with all processes.
+
+        Args:
+            values: The parts for all processes, in the order of the processes.
+            sent: Number of values to send to each process.
+            received: Number of values to receive from each process.
+
+        Returns:
+            The received parts, concatenated in the order of the processes.
+        """
         result = values.new_empty(sum(received))
-        with waiting_for_processes(REASON):
+        with waiting_for_processes(WAIT_DESCRIPTION):
             dist.all_to_all_single(result, values.flatten(), received, sent, group=self.group)
         return result
 

@@ -183,21 +183,21 @@ class Monitors:
     def _draw_real_images(
         self, preview: Preview, cache: LatentCache, gather: Gather, step: int
     ) -> None:
-        """Draw training images next to a preview. If this fails, the next preview repeats it."""
+        """Draw training images next to a preview. After a failure, the next preview draws them."""
         path = real_images_path(self.log.folder)
 
         def draw() -> bool:
             return self._save(preview.draw_real(cache, gather), path)
 
         is_saved = self._attempt("preview", step, draw)
-        if is_saved is None:  # on all processes
+        if is_saved is None:  # the attempt has failed on all processes
             return
         self.real_cache = None
         if is_saved:
             self.log.record_image("samples-real", path, step)
 
     def _save(self, image: Image.Image | None, path: Path) -> bool:
-        """Save an image on the process that has it. Return True if the file was saved."""
+        """Save an image on the process that has one. Return True if the file was saved."""
         if image is None:
             return False
         try:

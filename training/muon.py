@@ -91,8 +91,8 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters, and set the gradients of the matrices to None."""
-        assert closure is None, "the gradients must be computed before the update"
-        assert getattr(self, "grad_scale", None) is None, "the gradients must be unscaled before"
+        assert closure is None, "compute the gradients before the update"
+        assert getattr(self, "grad_scale", None) is None, "unscale the gradients before the update"
         for group in self.param_groups:
             if "momentum" in group:
                 self._update_matrices(group)
@@ -113,10 +113,10 @@ class Muon(torch.optim.AdamW):
 
         # Orthogonalize a share of the matrices, and return the rows of all of them.
         num_rows, num_columns = parameters[0].shape
-        whole = self.exchange.gather_share(rows, num_rows)
-        stacked = (len(whole) * group["num_stacked"], -1, num_columns)
-        result = orthogonalize(whole.reshape(stacked))
-        updates = self.exchange.return_rows(result.reshape(whole.shape), len(parameters))
+        share = self.exchange.gather_share(rows, num_rows)
+        separate_shape = (len(share) * group["num_stacked"], -1, num_columns)
+        result = orthogonalize(share.reshape(separate_shape))
+        updates = self.exchange.return_rows(result.reshape(share.shape), len(parameters))
 
         # Apply weight decay and the updates; a skipped update has learning rate 0.
         learning_rate = group["lr"] * is_applied

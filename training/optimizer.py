@@ -27,7 +27,7 @@ def build_optimizer(
     Args:
         model: The network.
         config: Settings of the optimizer.
-        sharding: How the network is sharded; None if each process holds all of it.
+        sharding: The sharding of the network; None if every process holds all parameters.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {
@@ -39,8 +39,8 @@ def build_optimizer(
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, **options, fused=True)
     matrices = group_block_matrices(model.backbone)
-    is_matrix = {id(parameter) for parameters, _ in matrices for parameter in parameters}
-    others = [parameter for parameter in trained if id(parameter) not in is_matrix]
+    matrix_ids = {id(parameter) for parameters, _ in matrices for parameter in parameters}
+    others = [parameter for parameter in trained if id(parameter) not in matrix_ids]
     return Muon(
         matrices,
         others,
@@ -55,27 +55,26 @@ def group_block_matrices(backbone: SiT) -> list[tuple[list[nn.Parameter], int]]:
     """Return the matrices that Muon updates: the weights of the blocks that multiply tokens.
 
     Modulations are excluded. Their input is not a token but the embedding of timestep and class,
-    so AdamW updates them like the embeddings. (Muon also reached higher losses with them.)
+    so AdamW updates them like the embeddings. In short runs, the loss was also higher with Muon.
 
     Returns:
-        Groups with the same matrix of all blocks, and the number of matrices that it stacks.
+        One group per matrix of a block: the parameters of all blocks, and the number of matrices
+        that each of them stacks.
     """
     names = [
         name
         for name, value in backbone.blocks[0].named_parameters()
         if value.ndim == 2 and not name.startswith("adaLN_modulation")
     ]
-    return [
-        (
-            [block.get_parameter(name) for block in backbone.blocks],
-            STACKED_MATRICES.get(name, 1),
-        )
-        for name in names
-    ]
+    groups = []
+    for name in names:
+        parameters = [block.get_parameter(name) for block in backbone.blocks]
+        groups.append((parameters, STACKED_MATRICES.get(name, 1)))
+    return groups
 
 
 def make_exchange(sharding: Sharding | None) -> MatrixExchange:
-    """Return how the processes divide the orthogonalization of matrices."""
+    """Return the object that divides the orthogonalization of matrices over the processes."""
     if sharding is not None:
         return ShardedExchange(sharding.mesh.get_group("shard"))
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -120,6 +120,7 @@ class Preview:
         image_indices = np.concatenate(index_rows)
 
         def read_latents(index: Tensor) -> Tensor:
+            # Indices that pad the last batch stand for the last image; `_decode` drops the results.
             padded = index.cpu().numpy().clip(max=len(image_indices) - 1)
             moments, _ = cache.gather(image_indices[padded])
             return self.vae.scale.mean(moments.to(index.device))

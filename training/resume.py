@@ -40,7 +40,7 @@ from training.shared_files import measure_files
 
 logger = get_logger(__name__)
 
-# Values that older code used where a checkpoint does not hold the flag.
+# Behaviour of older versions, whose checkpoints do not record these flags.
 FORMER_VALUES = {
     "optimizer": "adamw",
     "lr_schedule": "constant",

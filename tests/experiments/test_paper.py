@@ -314,7 +314,7 @@ def test_costs_are_counted_and_compared(tmp_path):
     assert result["remaining_gpu_hours"] == 0  # Table 5 needs no training
 
 
-def test_report_shows_what_exists_and_regenerates(call, tmp_path):
+def test_report_shows_the_existing_values_and_is_regenerated(call, tmp_path):
     plan = make_plan(tmp_path, TABLES[1], TABLES[2])
     for key, fid in (
         (("b2-none", 0, 400_000, False), 32.0),
@@ -400,8 +400,8 @@ def test_commands_on_several_gpus_use_a_launcher(monkeypatch):
     assert [slots.select_gpus(k) for k in (0, 1)] == [["0", "1"], ["2", "3"]]
 
 
-# Stands in for sbatch: runs each task of an array after checking its dependency, and once more if
-# it is requeued. The numbers of the succeeded jobs are recorded.
+# Stands in for sbatch: runs each task of an array after checking its dependency, and runs
+# it again if it is requeued. The numbers of the succeeded jobs are recorded.
 SBATCH = """
 import os, re, subprocess, sys
 from pathlib import Path
@@ -546,7 +546,7 @@ class InProcess:
         return 0
 
 
-def test_demo_takes_the_whole_path_and_resumes(call, cache, tree, tmp_path, monkeypatch):
+def test_demo_runs_all_stages_and_resumes(call, cache, tree, tmp_path, monkeypatch):
     """The cache and the weights exist, so the demo trains, samples and evaluates two rows."""
     rows = (
         Row("none", {FID: 33.0}, paper_tables.B2["b2-none"], 100_000),

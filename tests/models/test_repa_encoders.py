@@ -1,4 +1,4 @@
-"""The published files of REPA's encoders against an independent computation of the tokens."""
+"""Compare tokens from the published files of REPA's encoders with an independent computation."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 WIDTH = 48
 SIDE = 112  # a multiple of both patch sizes
-SMALL = {"embed_dim": WIDTH, "depth": 2, "img_size": SIDE}  # the numbers of heads are not changed
+SMALL = {"embed_dim": WIDTH, "depth": 2, "img_size": SIDE}  # with the original numbers of heads
 
 
 def make_state(patch, has_class_token=True, has_patch_bias=True, depth=2):

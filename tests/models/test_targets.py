@@ -102,15 +102,15 @@ def test_self_transcendence_needs_one_pass_without_guidance(
     """The cost is that of PyTorch's counter, and later blocks are not kept in memory."""
     target = make_target(frozen, guidance=guidance)
     assert target.requests == [("exps/first", guidance != 1)]
-    assert len(target.teacher.blocks) == 2 and target.identity == {"ema_sha256": "0" * 64}
+    assert len(target.frozen_network.blocks) == 2 and target.identity == {"ema_sha256": "0" * 64}
     batches = []
-    target.teacher.x_embedder.register_forward_hook(lambda _, x, y: batches.append(len(y)))
+    target.frozen_network.x_embedder.register_forward_hook(lambda _, x, y: batches.append(len(y)))
     with FlopCounterMode(display=False) as counter:
         target(inputs, {})
     assert batches == [batch]
     cost = SelfTranscendence.cost(target.record, NETWORK, cache=None)
     assert counter.get_total_flops() == 4 * cost.flops
-    used = dict(target.teacher.named_parameters())
+    used = dict(target.frozen_network.named_parameters())
     unused = [name for name in used if name.startswith(("pos_embed", "final_layer"))]
     assert cost.parameters == sum(p.numel() for p in used.values()) - sum(
         used[name].numel() for name in unused

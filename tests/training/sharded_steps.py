@@ -45,8 +45,8 @@ class Result(NamedTuple):
     """The result of a short run."""
 
     scalars: list[dict[str, float]]  # means over the processes, by step
-    tensors: dict[str, torch.Tensor]  # whole weights, moments and EMA after the last step
-    collectives: dict[str, int]  # of the last step
+    tensors: dict[str, torch.Tensor]  # full weights, moments and EMA after the last step
+    collectives: dict[str, int]  # number of calls in the last step, by name
 
 
 def get_tolerance(run: dict) -> float:

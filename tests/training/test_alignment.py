@@ -197,7 +197,7 @@ def two_encoder_flags(with_images, *more):
     return ["--align", "repa", *encoders, *more]
 
 
-def test_several_encoders_have_a_head_each_and_the_mean_loss(make, with_images):
+def test_several_encoders_have_separate_heads_and_the_mean_loss(make, with_images):
     flags = two_encoder_flags(with_images, "--repa-side", "64,96")
     step, batch = make(*flags, data=with_images / "data")
     step(batch)
@@ -472,7 +472,7 @@ def test_one_value_is_for_all_methods_and_several_are_one_per_method():
     assert values(shared, "t_range") == [(0.2, 0.5)] * 2
 
 
-def test_description_states_what_is_computed_and_until_when(cache, trained):
+def test_description_states_the_costs_and_the_stop_step(cache, trained):
     flags = (
         "--align sra2 sra layersync selftrans --align-weight 0.5 0 0.2 0.5 --align-stop-step 4000 "
         "0 0 0 --projector-type conv mlp none mlp --target-norm zscore none none none "

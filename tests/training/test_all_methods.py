@@ -142,7 +142,7 @@ def randomize_modulation(*networks) -> None:
 def test_resumed_run_equals_an_uninterrupted_one(call, files, tmp_path, name):
     """The metrics, weights, EMA and optimizer states are bit-identical."""
     options = (*split_flags(name, files), "--max-train-steps", 4, "--checkpointing-steps", 2)
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
 
     def start(exps: Path) -> str:
         flags = train_flags(files["data"], exps, "run", *options, projector_width=None)
@@ -150,14 +150,14 @@ def test_resumed_run_equals_an_uninterrupted_one(call, files, tmp_path, name):
         assert code == 0, out
         return out
 
-    start(whole)
+    start(uninterrupted)
     # The other run was killed after its checkpoint at step 2.
-    shutil.copytree(whole, resumed)
+    shutil.copytree(uninterrupted, resumed)
     shutil.rmtree(resumed / "run/checkpoints/0000004")
     assert "resuming from" in start(resumed)
-    rows = read_metrics(whole / "run")
+    rows = read_metrics(uninterrupted / "run")
     assert read_metrics(resumed / "run") == rows and len(rows) == 4
-    assert have_equal_weights(resumed / "run", whole / "run", "0000004")
+    assert have_equal_weights(resumed / "run", uninterrupted / "run", "0000004")
 
 
 @every_configuration

@@ -53,7 +53,7 @@ def test_frozen_network_is_the_ema_of_the_newest_checkpoint(load, trained):
     assert load(trained / "checkpoints/0000002").ema_sha256 == frozen.ema_sha256
 
 
-def test_error_states_how_the_network_differs_from_the_run(load, cache, trained, tmp_path):
+def test_error_states_the_difference_from_the_network_of_the_run(load, cache, trained, tmp_path):
     manifest = replace(LatentCache(cache).manifest, vae_fingerprint="0" * 64)
     without_null_class = copy_with_config(trained, tmp_path / "copy", cfg_prob=0.0)
     assert load(without_null_class, needs_null_class=False)
@@ -78,7 +78,7 @@ def test_error_states_how_the_network_differs_from_the_run(load, cache, trained,
 
 
 def test_other_frozen_network_does_not_resume_a_run(call, cache, trained, tmp_path):
-    """The same network in another folder does."""
+    """The same network in another folder resumes it."""
     flags = train_flags(cache, tmp_path, "run", "--align", "selftrans")
     moved = shutil.copytree(trained, tmp_path / "moved")
 

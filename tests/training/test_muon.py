@@ -1,4 +1,4 @@
-"""Muon equals PyTorch's, and skips updates like fused AdamW."""
+"""Muon equals PyTorch's Muon, and skips updates like fused AdamW."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -89,7 +89,7 @@ def test_learning_rates_are_logged(scheduled):
 
 
 def test_interrupted_run_equals_an_uninterrupted_one(call, scheduled, tmp_path):
-    """The weights, EMA, moments and metrics, with a schedule and Muon."""
+    """Its weights, EMA, moments and metrics are identical, with a schedule and Muon."""
     run, flags = scheduled
     resumed = shutil.copytree(run, tmp_path / "whole")
     shutil.rmtree(resumed / "checkpoints/0000004")

@@ -68,7 +68,7 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     ],
 )
 def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes, optimizer, modes):
-    """Losses, gradient norms, weights, moments and EMAs; the gradients are clipped.
+    """Compare losses, gradient norms, weights, moments and EMAs; the gradients are clipped.
 
     test_all_methods.py has a short variant.
     """
