@@ -37,7 +37,7 @@ DEMO_FLAGS = (
 
 
 def make_demo_flags(steps: int, evaluations: int) -> list[str]:
-    """Return the flags that all runs on the bundled data share, as in the README."""
+    """Return the flags that all runs on the bundled data share, as in docs/ablations.md."""
     interval = math.ceil(steps / evaluations)
     schedule = f"--max-train-steps {steps} --checkpointing-steps {interval} --eval-every {interval}"
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()

@@ -1,4 +1,4 @@
-"""Run the commands of the README as written, and check names, flags and numbers in the docs.
+"""Run the commands of the README and docs/training.md, and check names and numbers in the docs.
 
 The commands run on a small tree in the layout of ImageNet, with appended flags that shorten them
 and select a tiny VAE instead of a downloaded VAE.
@@ -25,6 +25,7 @@ from tests.test_coming_from_repa import THEIR_FLAGS, list_their_flags
 from tests.test_imports import list_source_files
 
 README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "docs/training.md").read_text()
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
@@ -59,14 +60,15 @@ FLAGS_OF_OTHER_PROGRAMS = {
 
 
 def read_commands() -> list[list[str]]:
-    """Return every command in the README's bash blocks, split into words."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    """Return every complete command in the bash blocks of both pages, split into words."""
+    blocks = re.findall(r"```bash\n(.*?)```", README + TRAINING, re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    commands = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    return [words for words in commands if "NAME" not in words]
 
 
 def find_arguments(script: str) -> list[list[str]]:
-    """Return the arguments of every command in the README that runs a script or module."""
+    """Return the arguments of every command in both pages that runs a script or module."""
     return [words[words.index(script) + 1 :] for words in read_commands() if script in words]
 
 
@@ -152,7 +154,7 @@ def test_example_of_reading_a_cache_runs_as_written(cache, monkeypatch, tmp_path
     assert names["latents"].shape == (10, 4, 8, 8)
 
 
-def test_launchers_accept_the_flags_in_the_readme():
+def test_launchers_accept_the_flags_of_the_commands():
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
@@ -210,6 +212,20 @@ def test_linked_files_exist(document):
         assert (ROOT / document).parent.joinpath(target).exists(), target
 
 
+def find_anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub creates for the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_linked_headings_exist(document):
+    page = ROOT / document
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert anchor in find_anchors(linked.read_text()), (target, anchor)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_functions_exist(document):
     """Check pairs of the form `function` (file.py)."""
@@ -234,3 +250,21 @@ def test_readme_shows_the_measured_results_of_the_demo():
     measured = json.loads((ROOT / "docs/demo.json").read_text())
     assert suite.format_results(measured) in README
     assert measured["metrics"]["class_agreement"] >= 0.75
+
+
+def test_speed_and_cost_in_the_readme_are_those_of_the_benchmarks():
+    results = ROOT / "benchmarks/results"
+    counts = json.loads((results / "cost_xl2_counts.json").read_text())["results"]["sra2"]
+    gpu = json.loads((results / "train-step-xl2-b64-h200.json").read_text())
+    cpu = json.loads((results / "train-step-xl2-cpu.json").read_text())
+    parameters = counts["parameters"]["heads"] / 1e6
+    numbers = [
+        f"{parameters:.1f}M (+{counts['more_parameters']:.1%}) parameters",
+        f"+{counts['more_training_flops']:.1%} FLOPs",
+        f"{gpu['results']['sra2']['images_per_s']:.0f} images/s",
+    ]
+    for result in (gpu, cpu):
+        ratio = result["ratios"]["sra2/none"]
+        low, high = ratio["quartiles"]
+        numbers.append(f"{ratio['median']:.3f} ({low:.3f} to {high:.3f})")
+    assert [number for number in numbers if number not in README] == []
