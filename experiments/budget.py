@@ -161,7 +161,7 @@ def describe_misfit(plan: StudyPlan, costs: Costs, steps: int, available: float)
         > available
     ):
         fitting -= 1
-    remedy = f"pass --minutes {count_minutes(needed - available)} more"
+    remedy = f"pass {count_minutes(needed - available)} more minutes"
     if fitting > 1:
         remedy += f", or only {fitting} --methods, such as {' '.join(plan.methods[:fitting])}"
     return (
