@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 LOG_EVERY = 5  # steps per row of the log
 NUM_ROWS = 3  # rows of each run under full load
 EVAL_EVERY = 20
-ENDLESS = 1_000_000  # steps of the runs, which are stopped
+ENDLESS = 10_000  # steps of the runs, which are stopped much earlier
 
 
 class MeasuredRun:
@@ -181,7 +181,7 @@ def collect_evaluations(rows: list[dict]) -> list[float]:
 
 
 def make_measured_cells(plan: StudyPlan, blocks: dict[str, int], jobs: int) -> list[Cell]:
-    """Return one endless run per slot, which cycle through the methods.
+    """Return one long run per slot, which cycle through the methods.
 
     If there are more methods than slots, the methods with the most FLOPs are measured.
     Self-Transcendence is not measured, because its frozen network does not exist yet.

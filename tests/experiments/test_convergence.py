@@ -298,7 +298,7 @@ def test_steps_are_timed_and_flops_are_counted_per_method(cache):
 
 
 FAKE_TRAIN = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 
 words = sys.argv[1:]
@@ -311,6 +311,13 @@ is_aligned = "sra2" in words
 folder.mkdir()
 if (output_dir / "broken").exists() and is_aligned and seed == 2:
     sys.exit("error: no luck")
+if "--selftrans-checkpoint" in words:
+    frozen = Path(get_flag("--selftrans-checkpoint")) / "checkpoints/0000004"
+    if not frozen.exists():
+        sys.exit("error: no frozen network")
+if "selftrans-stage1" in folder.name:
+    time.sleep(0.3)
+    (folder / "checkpoints/0000004").mkdir(parents=True)
 accuracy = 0.6 if is_aligned else 0.5
 probe = {"t": 0.5, "images": 9, "accuracy": {"3": accuracy}}
 (folder / "probe.json").write_text(json.dumps(probe))
@@ -452,6 +459,16 @@ def test_runs_of_an_earlier_result_are_not_repeated(call, study, tmp_path, monke
     assert code == 2 and "earlier.json contains no finished run with the name, seed and" in out
     code, out = call(convergence, *words, "--seeds", 2, "--", "--learning-rate", "5e-3")
     assert code == 2 and "--learning-rate was 3e-3 and is now 5e-3" in out
+
+
+def test_runs_wait_for_their_frozen_network(call, study, monkeypatch):
+    monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)
+    words = [{"sra2-cosine": "selftrans", "2": "3"}.get(str(word), word) for word in study.words]
+    code, out = call(convergence, *words, "--jobs", 3)
+    assert code == 0, out
+    names = {run["name"] for run in results.load_result(study.path, "convergence")["runs"]}
+    assert names == {"vanilla", "selftrans"}
+    assert (study.runs / "selftrans-stage1-4-seed100").exists()
 
 
 def test_study_with_a_time_budget_is_continued(call, study, monkeypatch):
