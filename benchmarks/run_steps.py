@@ -36,7 +36,7 @@ from training.guard import NonFiniteGuard
 from training.setup import open_cache
 from training.sharding import Sharding, make_sharding
 from training.state import TrainState, build_state, initialize_sharded_state
-from training.throughput import training_flops
+from training.throughput import mean_training_flops
 
 
 class Plan(NamedTuple):
@@ -86,14 +86,15 @@ def open_and_plan(settings: Settings) -> tuple[LatentCache, Plan]:
     return cache, plan_run(settings, cache.manifest, cache.read_feature_metadata())
 
 
-def count_training_flops(settings: Settings) -> int:
-    """Return the FLOPs per image of the training step of a run.
+def count_training_flops(settings: Settings) -> float:
+    """Return the FLOPs per image of the training steps of a run, averaged over the run.
 
     Raises:
         UserError: If the settings do not match the cache.
     """
     _, plan = open_and_plan(settings)
-    return training_flops(plan.network, plan.align, plan.cache)
+    num_steps = settings.loop.num_steps
+    return mean_training_flops(plan.network, plan.align, plan.cache, 0, num_steps)
 
 
 def time_runs(

@@ -295,6 +295,8 @@ def test_steps_are_timed_and_flops_are_counted_per_method(cache):
     head = head_flops(network, {"width": 128, "out": 16, "layers": 5, "hidden": 64})
     assert count_training_flops(runs["none"]) == 3 * backbone_flops(network)
     assert count_training_flops(runs["sra2"]) == 3 * (backbone_flops(network) + head)
+    stopped = train_flags(cache, Path("exps"), "x", "--align-stop-step", "1")  # of three steps
+    assert count_training_flops(parse_settings(stopped)) == 3 * backbone_flops(network) + head
 
 
 FAKE_TRAIN = """
