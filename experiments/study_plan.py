@@ -94,6 +94,7 @@ class Scale:
         timing_steps: Steps per timed round.
         saves_once: Whether runs save only a final checkpoint, because a run takes only a minute and
             a checkpoint takes half a gigabyte.
+        budget_flags: Further flags of the runs of a study with a time budget.
     """
 
     model: str
@@ -109,6 +110,7 @@ class Scale:
     timing_rounds: int = 10
     timing_steps: int = 1
     saves_once: bool = False
+    budget_flags: tuple[str, ...] = ()
 
 
 SMALL_IMAGES_FLAGS = (
@@ -133,6 +135,7 @@ SCALES = {
         jobs_per_gpu=15,
         timing_steps=20,
         saves_once=True,
+        budget_flags=("--compile",),
     ),
     "imagenet": Scale(
         model="SiT-B/2",
@@ -188,6 +191,12 @@ class StudyPlan:
         flags = [*self.make_shared_flags(), *self.make_method_flags("sra2-cosine", blocks)]
         flags += ["--align-stop-step", str(self.steps // 2)]
         return [Cell(f"{FIRST_STAGE}-{self.steps}", FIRST_STAGE_SEED, tuple(flags))]
+
+    def find_inputs(self, cell: Cell) -> tuple[Path, ...]:
+        """Return the checkpoint that a run needs from `make_first_stage_cells`, if any."""
+        if "--selftrans-checkpoint" not in cell.flags:
+            return ()
+        return (self.first_stage / f"checkpoints/{self.steps:07d}",)
 
     @property
     def train_cache(self) -> Path:

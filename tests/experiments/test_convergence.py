@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -15,7 +16,8 @@ from accelerate.state import AcceleratorState
 from benchmarks.run_steps import count_training_flops, time_runs
 from common.cli import UserError
 from common.machine import count_available_cores
-from experiments import cells, convergence, results, scheduler, study_data
+from experiments import budget_record, cells, convergence, results, scheduler, study_data
+from experiments.budget import Costs
 from experiments.cells import Cell
 from experiments.study_numbers import format_numbers
 from experiments.study_page import format_tables
@@ -163,6 +165,9 @@ def test_imagenet_prints_valid_commands_for_a_cluster(call):
     [
         ("", "--scale is missing"),
         ("--scale gpu --seeds 1 1", "--seeds 1 1: pass each seed only once"),
+        ("--scale imagenet --minutes 9", "--minutes requires --scale laptop or gpu"),
+        ("--scale gpu --minutes 9 --seeds 1", "--seeds cannot be combined with --minutes"),
+        ("--scale gpu --minutes 9 --reuse x", "--reuse cannot be combined with --minutes"),
         ("--scale imagenet --tune", "--tune requires --scale laptop or gpu"),
         ("--scale gpu --out x.txt", "--out x.txt must end in .json"),
         ("--scale gpu -- --align-depth 3", "-- --align-depth: this flag is set by the study"),
@@ -295,7 +300,7 @@ def test_steps_are_timed_and_flops_are_counted_per_method(cache):
 
 
 FAKE_TRAIN = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 
 words = sys.argv[1:]
@@ -303,10 +308,18 @@ get_flag = lambda name: words[words.index(name) + 1]
 output_dir = Path(get_flag("--output-dir"))
 folder = output_dir / get_flag("--exp-name")
 seed = int(get_flag("--seed"))
+decay = float(words[len(words) - words[::-1].index("--ema-decay")])  # the last one applies
 is_aligned = "sra2" in words
 folder.mkdir()
 if (output_dir / "broken").exists() and is_aligned and seed == 2:
     sys.exit("error: no luck")
+if "--selftrans-checkpoint" in words:
+    frozen = Path(get_flag("--selftrans-checkpoint")) / "checkpoints/0000004"
+    if not frozen.exists():
+        sys.exit("error: no frozen network")
+if "selftrans-stage1" in folder.name:
+    time.sleep(0.3)
+    (folder / "checkpoints/0000004").mkdir(parents=True)
 accuracy = 0.6 if is_aligned else 0.5
 probe = {"t": 0.5, "images": 9, "accuracy": {"3": accuracy}}
 (folder / "probe.json").write_text(json.dumps(probe))
@@ -316,7 +329,7 @@ with open(folder / "metrics.jsonl", "w") as file:
         print(json.dumps(position | {"denoising": 1.0}), file=file)
         value = (9.0 + seed) / step * (0.5 if is_aligned else 1)
         metrics = {"FD-fashion": value, "class_agreement": 0.5, "held_out": value / 10}
-        print(json.dumps(position | metrics | {"evaluation": {"ema_decay": 0.99}}), file=file)
+        print(json.dumps(position | metrics | {"evaluation": {"ema_decay": decay}}), file=file)
 """
 
 
@@ -448,6 +461,79 @@ def test_runs_of_an_earlier_result_are_not_repeated(call, study, tmp_path, monke
     assert code == 2 and "earlier.json contains no finished run with the name, seed and" in out
     code, out = call(convergence, *words, "--seeds", 2, "--", "--learning-rate", "5e-3")
     assert code == 2 and "--learning-rate was 3e-3 and is now 5e-3" in out
+
+
+def test_runs_wait_for_their_frozen_network(call, study, monkeypatch):
+    monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)
+    words = [{"sra2-cosine": "selftrans", "2": "3"}.get(str(word), word) for word in study.words]
+    code, out = call(convergence, *words, "--jobs", 3)
+    assert code == 0, out
+    names = {run["name"] for run in results.load_result(study.path, "convergence")["runs"]}
+    assert names == {"vanilla", "selftrans"}
+    assert (study.runs / "selftrans-stage1-4-seed100").exists()
+
+
+def test_study_with_a_time_budget_is_continued(call, study, monkeypatch):
+    costs = Costs(
+        jobs=2,
+        images_per_s=640,
+        step_s={"vanilla": 0.1, "sra2-cosine": 0.1},
+        start_s=5,
+        evaluation_s=1,
+        end_s=0,
+        probe_s=0,
+    )
+    measured_jobs = []
+
+    def fake_measure(plan, blocks, jobs, limit_s, probe):
+        measured_jobs.append(jobs)
+        return costs
+
+    monkeypatch.setattr(budget_record, "measure_costs", fake_measure)
+    monkeypatch.setattr(budget_record, "compute_available", lambda minutes, elapsed: 60 * minutes)
+    monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)
+    words = [word for word in study.words if word not in ("--seeds", "1", "2")]
+    words[words.index("--max-train-steps") + 1] = "200"
+    words += ["--jobs", "2", "--minutes"]
+
+    code, out = call(convergence, *words, 1, "--print")
+    assert code == 2 and "budget.json does not exist; rerun without --print and --gather" in out
+    # Ten runs in five rounds: (60 s / 5 - 9 s) / 0.1 s = 30 steps, which are too few.
+    code, out = call(convergence, *words, 1)
+    assert code == 2 and "5 seeds of 2 methods with 100 steps take about 95 s" in out
+    assert not study.path.exists() and not (study.runs / "budget.json").exists()
+
+    # (120 s / 5 - 9 s) / 0.1 s = 150 steps, in multiples of 4.
+    code, out = call(convergence, *words, 2)
+    assert code == 0 and "5 seeds of 2 methods with 148 steps: 10 runs to do" in out, out
+    assert "all 10 runs have ended" in out and measured_jobs == [2, 2] and not study.timed_methods
+    result = results.load_result(study.path, "convergence")
+    assert (result["steps"], len(result["runs"])) == (148, 10)
+    assert result["budget"]["costs"]["step_s"] == costs.step_s
+    assert all(run["probe"] for run in result["runs"])
+    decay = 1 - 5 / 37
+    ema_decays = {run["evaluation"]["ema_decay"] for run in result["runs"]}
+    assert [*ema_decays] == pytest.approx([decay], abs=1e-4)
+
+    # A later call repeats no run and adds seeds of the same length, here two rounds of 23.8 s.
+    record = study.runs / "vanilla-seed10.json"
+    modified = record.stat().st_mtime_ns
+    code, out = call(convergence, *words, 1)
+    assert code == 0 and "7 seeds of 2 methods with 148 steps: 4 runs to do" in out, out
+    assert measured_jobs == [2, 2] and record.stat().st_mtime_ns == modified
+    result = results.load_result(study.path, "convergence")
+    assert sorted({run["seed"] for run in result["runs"]}) == [*range(10, 17)]
+    assert [call["minutes"] for call in result["budget"]["calls"]] == [2, 1]
+
+    # An interrupted call is completed before seeds are added.
+    (study.runs / "sra2-cosine-seed12.json").unlink()
+    shutil.rmtree(study.runs / "sra2-cosine-seed12")
+    code, out = call(convergence, *words, 0.5)
+    assert code == 0 and "7 seeds of 2 methods with 148 steps: 1 runs to do" in out, out
+    code, out = call(convergence, *words, 0.5, "--gather")
+    assert code == 0 and len(results.load_result(study.path, "convergence")["runs"]) == 14
+    code, out = call(convergence, *words, 1, "--evaluations", 2)
+    assert code == 2 and "evaluations was 4 and is now 2); choose another --output-dir" in out
 
 
 def test_unfinished_runs_on_a_cluster_are_gathered(call, tmp_path):
