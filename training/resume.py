@@ -340,6 +340,6 @@ def check_same_alignment(folder: Path, stored: list[dict], current: list[dict]) 
         if changed:
             raise UserError(
                 f"{folder} was started with another setting of --align {now['method']}: "
-                f"{_describe_changes(changed, before, now)}. Choose another --exp-name, or pass the "
-                "settings and files it was started with"
+                f"{_describe_changes(changed, before, now)}. Choose another --exp-name, or pass "
+                "the settings and files it was started with"
             )
