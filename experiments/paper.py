@@ -185,7 +185,8 @@ def main() -> None:
         settings = gather_tables(plan, args.gpus, args.ep_fid)
         save_result(args.out, "paper", settings, [])
         write_paper_report(args.out)
-    check_no_failures(errors, len(plan.runs) + 2 * len(plan.evaluations))
+    num_shared_tasks = len(plan.list_encode_tasks()) + len(plan.list_cost_tasks())
+    check_no_failures(errors, num_shared_tasks + len(plan.runs) + 2 * len(plan.evaluations))
 
 
 if __name__ == "__main__":

@@ -417,9 +417,10 @@ def read_curve(plan: PaperPlan, run: PlannedRun, key: str) -> dict[int, float]:
     count = None
     for evaluation in plan.evaluations.values():
         content = read_metrics(evaluation) if evaluation.run is run else {}
-        if content and not evaluation.is_guided and content["metrics"].get(key) is not None:
+        images_seen = (content.get("sampling") or {}).get("images_seen")
+        if images_seen and not evaluation.is_guided and content["metrics"].get(key) is not None:
             count = content["count"]
-            curve[content["sampling"]["images_seen"]] = content["metrics"][key]
+            curve[images_seen] = content["metrics"][key]
     try:
         logged = read_log(run.folder)[1]
     except UserError:

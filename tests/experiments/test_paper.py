@@ -210,6 +210,12 @@ def test_values_have_the_interval_that_their_runs_allow(tmp_path):
     row = get_row(gather_tables(plan, 8, [10.0]), 2, "SiT-B/2")
     assert row["values"] == [32.0] and row["interval_over"] == "images"
 
+    # Samples without the JSON file next to them have no record of the sampling.
+    write_metrics(plan, key, 32.0, sampling=None)
+    result = gather_tables(plan, 8, [10.0])
+    assert "model unknown instead of SiT-B/2" in get_row(result, 2, "SiT-B/2")["deviations"]
+    assert not result["epochs_to_fid"]
+
 
 @pytest.mark.parametrize(
     ("changes", "deviation"),

@@ -170,7 +170,7 @@ def test_sharded_checkpoint_is_resumed_with_any_number_of_processes(
     assert code == 0, printed
     last = f"checkpoints/{starts[-1][2]:07d}"
     expected, actual = (read_checkpoint(tmp_path / name / last) for name in ("plain", "elastic"))
-    assert_close(actual, expected, 1e-4 if optimizer == "muon" else 1e-6)
+    assert_close(actual, expected, tolerance=1e-4 if optimizer == "muon" else 1e-6)
 
 
 @pytest.mark.long
