@@ -389,7 +389,12 @@ def main() -> None:
     code = RepaCode(args.repa_repository, clones)
     encoders = {name: compare_encoder(code, name, images, args.depth) for name in names}
     machine = describe_machine(torch.device("cpu"))
-    result = {"tolerance": TOLERANCE, "encoders": encoders, "machine": machine}
+    result = {
+        "benchmark": "repa_encoders",
+        "tolerance": TOLERANCE,
+        "encoders": encoders,
+        "machine": machine,
+    }
     write_result(result, args.json)
     different = [
         name for name, row in encoders.items() if not row["relative_difference"] <= TOLERANCE
