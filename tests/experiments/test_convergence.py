@@ -616,8 +616,12 @@ def find_estimates(text: str) -> set[str]:
     return set(re.findall(r"(?:[<>] )?[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", text))
 
 
+def read_study_pages() -> str:
+    return "".join((ROOT / f"docs/{name}.md").read_text() for name in ("study", "study-details"))
+
+
 def test_documented_tables_and_estimates_equal_the_results():
-    page = (ROOT / "docs/study.md").read_text()
+    page = read_study_pages()
     readme = (ROOT / "README.md").read_text().split("### Speed and cost")[0]
     known: set[str] = set()
     assert RESULTS
@@ -638,7 +642,7 @@ def test_documented_tables_and_estimates_equal_the_results():
 
 
 def test_documented_tuning_runs_equal_the_results():
-    page = (ROOT / "docs/study.md").read_text()
+    page = " ".join(read_study_pages().split())
     for path in (ROOT / "docs").glob("study-*-knobs.json"):
         result = results.load_result(path, "convergence-knobs")
         finals = results.collect_final_values(result["runs"], "FD-fashion")
