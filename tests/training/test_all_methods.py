@@ -258,6 +258,7 @@ NUM_GRAPHS = {
     "sra2": 3,
     "sra2-conv3": 3,
     "repa": 4,
+    "repa with two encoders": 5,
     "irepa": 3,
     "haste": 4,
     "sra": 4,
