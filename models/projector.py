@@ -90,8 +90,7 @@ class ConvHead(nn.Module):
         """Map tokens (B, N, width) of a square grid to (B, N, output_dim), float32."""
         side = math.isqrt(tokens.shape[1])
         grid = tokens.mT.unflatten(2, (side, side))
-        # With a transposed view, the compiled losses had wrong gradients (PyTorch 2.11, CPU).
-        return self.conv(grid).flatten(2).mT.contiguous().float()
+        return self.conv(grid).flatten(2).mT.float()
 
 
 HEADS: dict[str, type[Projector] | type[ConvHead]] = {"mlp": Projector, "conv": ConvHead}

@@ -277,6 +277,14 @@ def test_alignment_gradients_reach_only_blocks_up_to_the_aligned_block():
     assert AlignedSiT(backbone, {}, {})(*make_inputs())[1:] == ({}, {}, {})
 
 
+def test_projected_tokens_are_contiguous():
+    """Compiled losses require this. The tokens of the backbone are transposed views."""
+    heads = {"none": make_head(None), "conv": ConvHead(32, 8), "mlp": Projector(32, 8)}
+    model = AlignedSiT(randomize_zeros(make_sit()), heads, dict.fromkeys(heads, 2))
+    projected = model(*make_inputs()).projected
+    assert all(tokens.is_contiguous() for tokens in projected.values())
+
+
 def test_heads_receive_tokens_of_their_block_and_inactive_heads_receive_zero_gradients():
     heads = {"a": Projector(32, 16, layers=2), "b": Projector(32, 7, layers=3)}
     model = AlignedSiT(randomize_zeros(make_sit()), heads, {"a": 1, "b": 3})
@@ -324,7 +332,5 @@ def test_conv_head_is_a_convolution_over_the_token_grid_with_zero_padding(kernel
             neighbor = tokens[:, 4 * other_row + other_column]
             expected[:, 4 * row + column] += neighbor @ weight[:, :, i, j].T
     torch.testing.assert_close(head(tokens), expected)
-    # The compiled losses require contiguous tokens. Those of the backbone are transposed.
-    assert head(tokens.mT.contiguous().mT).is_contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         assert head(tokens).dtype == torch.float32
