@@ -14,8 +14,15 @@ from models.targets import TARGETS
 MAX_LISTED_CLASSES = 20
 # Keys of an alignment entry in config.json that only some methods have.
 METHOD_KEYS = (
-    *("target", "normalize", "encoder", "teacher_block", "t_max", "target_block", "guidance"),
-    *("target_norm", "zscore_alpha"),
+    "target",
+    "normalize",
+    "encoder",
+    "teacher_block",
+    "t_max",
+    "target_block",
+    "guidance",
+    "target_norm",
+    "zscore_alpha",
 )
 # Keys of a sampling record that describe the network. The table of the card contains their values.
 NETWORK_KEYS = {

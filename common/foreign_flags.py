@@ -35,6 +35,21 @@ class UnusedFlag:
         return self.name.removeprefix("--").replace("-", "_")
 
 
+# A flag of the training and sampling commands of REPA and SRA.
+FUSED_ATTENTION = UnusedFlag(
+    "--fused-attn",
+    "PyTorch's scaled_dot_product_attention is always used; it selects a fused kernel if there is "
+    "one",
+    is_switch=True,
+)
+# Flags of the training and sampling commands of SiT, as replacements.
+_NO_CUTOFF = (
+    "not available: an interval of 0.001 is excluded at the end of the time interval where the "
+    "prediction is singular; remove the flag"
+)
+TIME_CUTOFFS = {"--train-eps": _NO_CUTOFF, "--sample-eps": _NO_CUTOFF}
+
+
 @dataclass(frozen=True)
 class ForeignFlags:
     """The flags of other repositories that a command recognizes.

@@ -1,6 +1,6 @@
 """Flags of REPA's and SRA's generate.py and of SiT's sample_ddp.py (docs/coming-from-repa.md)."""
 
-from common.foreign_flags import ForeignFlags, UnusedFlag
+from common.foreign_flags import FUSED_ATTENTION, TIME_CUTOFFS, ForeignFlags, UnusedFlag
 
 _HEADS = "alignment heads are not loaded, because sampling does not use them"
 _LAUNCHER = "the environment variables of torchrun describe the processes"
@@ -12,10 +12,6 @@ _LAST_STEP = (
     "not available: the last step of --mode sde has length 0.04 and adds no noise, which is SiT's "
     "Mean; remove the flag"
 )
-_NO_CUTOFF = (
-    "not available: an interval of 0.001 is excluded at the end of the time interval where the "
-    "prediction is singular; remove the flag"
-)
 
 FOREIGN_FLAGS = ForeignFlags(
     unused=(
@@ -24,12 +20,7 @@ FOREIGN_FLAGS = ForeignFlags(
             "the block names of REPA's early checkpoints are recognized in the file",
             is_switch=True,
         ),
-        UnusedFlag(
-            "--fused-attn",
-            "PyTorch's scaled_dot_product_attention is always used; it selects a fused kernel if "
-            "there is one",
-            is_switch=True,
-        ),
+        FUSED_ATTENTION,
         UnusedFlag("--encoder-depth", _HEADS),
         UnusedFlag("--projector-embed-dims", _HEADS),
         UnusedFlag("--local-rank", _LAUNCHER),
@@ -46,8 +37,7 @@ FOREIGN_FLAGS = ForeignFlags(
         "steps, with --heun for Heun's method or --dopri5 for Dormand-Prince steps",
         "--prediction": "not needed: the checkpoint records the prediction; remove the flag",
         "--loss-weight": "not needed: it only affects training; remove the flag",
-        "--train-eps": _NO_CUTOFF,
-        "--sample-eps": _NO_CUTOFF,
+        **TIME_CUTOFFS,
         "--reverse": "not available: the ODE is only solved from noise to data; remove the flag",
         "--likelihood": "not available: likelihoods are not computed; remove the flag",
         "--diffusion-form": _DIFFUSION,

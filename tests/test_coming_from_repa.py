@@ -46,6 +46,12 @@ THEIR_FLAGS = {
         loss-weight sample-eps train-eps sampling-method atol rtol reverse likelihood
         diffusion-form diffusion-norm last-step last-step-size""",
 }
+# Heading of a table -> flags that also have the form --no-NAME.
+THEIR_SWITCHES = {
+    "train.py of REPA": "fused-attn qk-norm legacy",
+    "generate.py of REPA": "tf32 fused-attn qk-norm heun legacy",
+    "generate.py of SRA": "tf32 fused-attn qk-norm heun",
+}
 KINDS = ("same", "other name", "other meaning", "not needed", "not available")
 
 
@@ -100,6 +106,15 @@ def test_table_lists_all_their_flags_and_only_flags_of_ours_that_exist(program):
         if text.startswith("other name"):
             remedy = foreign_flags.replacements[flag]
             assert all(name in remedy for name in ours), flag
+
+
+@pytest.mark.parametrize("program", THEIR_SWITCHES)
+def test_negated_switches_are_accepted(program):
+    if program.startswith("train"):
+        parse, required = parse_settings, ["--exp-name", "x", "--data-dir", "x"]
+    else:
+        parse, required = sample_ddp.parse_args, ["--ckpt", "x"]
+    parse([*required, *(f"--no-{name}" for name in THEIR_SWITCHES[program].split())])
 
 
 def read_commands(script: str) -> list[list[str]]:

@@ -54,8 +54,7 @@ FLAGS_OF_OTHER_PROGRAMS = {
     "--nnodes",
     "--rdzv",
     "--rdzv_endpoint",
-    # remove when train.py has this flag
-    "--coarse-side",  # the example of docs/extending.md
+    "--coarse-side",  # a flag of the method that docs/extending.md adds
 }
 
 

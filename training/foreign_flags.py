@@ -1,12 +1,8 @@
 """Flags of the train.py of REPA, SRA and SiT (docs/coming-from-repa.md)."""
 
-from common.foreign_flags import ForeignFlags, UnusedFlag
+from common.foreign_flags import FUSED_ATTENTION, TIME_CUTOFFS, ForeignFlags, UnusedFlag
 
 _RESUME = "not needed: a run continues from its newest checkpoint when the same command is rerun"
-_NO_CUTOFF = (
-    "not available: an interval of 0.001 is excluded at the end of the time interval where the "
-    "prediction is singular; remove the flag"
-)
 
 FOREIGN_FLAGS = ForeignFlags(
     unused=(
@@ -16,12 +12,7 @@ FOREIGN_FLAGS = ForeignFlags(
             "--cfg-prob (0.19 drops as many as REPA's --legacy with 0.1)",
             is_switch=True,
         ),
-        UnusedFlag(
-            "--fused-attn",
-            "PyTorch's scaled_dot_product_attention is always used; it selects a fused kernel if "
-            "there is one",
-            is_switch=True,
-        ),
+        FUSED_ATTENTION,
     ),
     replacements={
         # SRA
@@ -47,7 +38,6 @@ FOREIGN_FLAGS = ForeignFlags(
         "--wandb": "pass --report-to wandb",
         "--ckpt": f"{_RESUME}, and training cannot start from a .pt file; remove the flag",
         "--loss-weight": "not available: the squared error is not weighted; remove the flag",
-        "--train-eps": _NO_CUTOFF,
-        "--sample-eps": _NO_CUTOFF,
+        **TIME_CUTOFFS,
     },
 )

@@ -35,7 +35,7 @@ def test_unused_flags_are_reported_and_not_kept(caplog):
     ("argv", "message"),
     [
         (["--width", "3"], "--width: pass --size"),  # although --size is missing
-        (["--width=3"], "--width: pass --size"),
+        (["--size", "3", "--width=3"], "--width: pass --size"),
         (["ODE", "--size", "3"], "ODE: pass --mode ode"),
         (["--size", "ODE"], "ODE is not a positive integer"),
     ],
