@@ -70,10 +70,11 @@ FIXED = ("pos_embed",)  # fixed parameters of networks whose position embedding 
 class ClipImageNetwork(nn.Module):
     """The attributes of CLIP's image network that REPA's UpdatedVisionTransformer reads."""
 
-    def __init__(self, parts: ModuleType, width: int = 1024, depth: int = 24, side: int = 224):
+    def __init__(self, parts: ModuleType, depth: int):
         super().__init__()
+        width = 1024
         patch_size = 14
-        num_tokens = (side // patch_size) ** 2 + 1
+        num_tokens = (224 // patch_size) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn(num_tokens, width))
@@ -151,16 +152,15 @@ class RepaCode:
             "models.dinov1": SimpleNamespace(vit_base=self.make_dino),
         }
         imports = {"models": SimpleNamespace(mocov3_vit=self.mocov3)}
-        self.load_encoders = load_module(
-            clones["repa"] / "utils.py", flag, imports=imports
-        ).load_encoders
+        utils = load_module(clones["repa"] / "utils.py", flag, imports=imports)
+        self.load_encoders = utils.load_encoders
         self.preprocess = load_train_functions(clones["repa"]).preprocess_raw_image
 
         self.dino: Any = None
         if "dino" in clones:
-            utils = SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)
+            imports = {"utils": SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)}
             path = clones["dino"] / "vision_transformer.py"
-            self.dino = load_module(path, "--dino-repository", imports={"utils": utils})
+            self.dino = load_module(path, "--dino-repository", imports=imports)
         self.dinov2: Any = None
         if "dinov2" in clones:
             with patch.object(sys, "path", [str(clones["dinov2"]), *sys.path]):
