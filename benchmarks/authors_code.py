@@ -4,13 +4,14 @@ The modules of several repositories have the same names as ours. They are loaded
 are removed from sys.modules after that.
 """
 
+import ast
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +27,7 @@ RANDOM_FUNCTIONS = ("rand", "rand_like", "randn_like")
 def load_module(
     path: Path,
     flag: str,
-    imports: dict[str, ModuleType] | None = None,
+    imports: Mapping[str, Any] | None = None,
     unavailable: Sequence[str] = (),
 ) -> ModuleType:
     """Load a Python file, or a package if the file is an __init__.py.
@@ -41,8 +42,11 @@ def load_module(
     Raises:
         UserError: The file does not exist.
     """
-    if not path.is_file():
-        raise UserError(f"{flag}: {path} does not exist; pass a clone of the authors' repository")
+    # Modules that are first imported below are imported again later, as they do not stay in
+    # sys.modules. timm imports torchvision, which cannot be imported twice.
+    import timm  # noqa: F401 - see above
+
+    _check_exists(path, flag)
     is_package = path.name == "__init__.py"
     name = f"_authors_{path.parent.name if is_package else path.stem}"
     folders = [str(path.parent)] if is_package else None
@@ -53,6 +57,38 @@ def load_module(
     with patch.dict(sys.modules, {**(imports or {}), **stand_ins, name: module}):
         spec.loader.exec_module(module)
     return module
+
+
+def load_functions(
+    path: Path, flag: str, names: Sequence[str], variables: Mapping[str, Any]
+) -> SimpleNamespace:
+    """Load functions of a Python file without its imports and its other code.
+
+    Args:
+        path: The file.
+        flag: Flag with the repository of the file, for error messages.
+        names: Names of the functions.
+        variables: Global variables that the functions use.
+
+    Raises:
+        UserError: The file or one of the functions does not exist.
+    """
+    _check_exists(path, flag)
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
+    ]
+    namespace = dict(variables)
+    exec(compile(tree, str(path), "exec"), namespace)
+    missing = sorted(set(names) - namespace.keys())
+    if missing:
+        raise UserError(f"{flag}: {path} does not contain {', '.join(missing)}")
+    return SimpleNamespace(**{name: namespace[name] for name in names})
+
+
+def _check_exists(path: Path, flag: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{flag}: {path} does not exist; pass a clone of the authors' repository")
 
 
 def _make_empty_package(name: str) -> ModuleType:

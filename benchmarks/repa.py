@@ -6,19 +6,18 @@ REPA's train.py: fp16 autocast with a gradient scaler, as accelerate configures 
 AdamW with PyTorch's defaults, the EMA, and three metrics that are read on the host in each step.
 """
 
-import ast
 import copy
-import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.authors_code import load_functions, load_module
 from benchmarks.measure import Action
 from benchmarks.variants import StepConfig, make_random_batch
 from common.cli import UserError
@@ -28,61 +27,34 @@ from latents.manifest import Manifest
 ENCODER = "vit_base_patch14_dinov2"  # timm's name of DINOv2-B, REPA's default encoder
 ENCODER_WIDTH = 768
 ENCODER_SIDE = 224
-
+FLAG = "--repa-repository"
 
 # Name of each step -> whether it runs the encoder.
 REPA_STEPS = {"REPA's loop": True, "REPA's loop without encoder": False}
 
 
-def _check_exists(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(
-            f"--repa-repository: {path} does not exist; pass a clone of REPA's repository"
-        )
+def load_train_functions(repository: Path) -> SimpleNamespace:
+    """Load functions of REPA's train.py.
 
-
-def load_module(path: Path) -> ModuleType:
-    """Load a Python file as a module that is not in sys.modules.
-
-    Raises:
-        UserError: The file does not exist.
-    """
-    _check_exists(path)
-    spec = importlib.util.spec_from_file_location(f"repa_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_functions(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Load functions of a Python file without its imports and its other code.
-
-    REPA's train.py cannot be imported, because its package `models` has the same name as ours.
+    The file cannot be imported, because its package `models` has the same name as ours.
 
     Raises:
         UserError: The file or one of the functions does not exist.
     """
-    _check_exists(path)
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm import data
     from torchvision.transforms import Normalize
 
-    tree = ast.parse(path.read_text())
-    tree.body = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
-    ]
-    namespace: dict[str, Any] = {
+    variables = {
         "torch": torch,
         "OrderedDict": OrderedDict,
         "Normalize": Normalize,
-        "IMAGENET_DEFAULT_MEAN": IMAGENET_DEFAULT_MEAN,
-        "IMAGENET_DEFAULT_STD": IMAGENET_DEFAULT_STD,
+        "IMAGENET_DEFAULT_MEAN": data.IMAGENET_DEFAULT_MEAN,
+        "IMAGENET_DEFAULT_STD": data.IMAGENET_DEFAULT_STD,
+        "CLIP_DEFAULT_MEAN": data.OPENAI_CLIP_MEAN,
+        "CLIP_DEFAULT_STD": data.OPENAI_CLIP_STD,
     }
-    exec(compile(tree, str(path), "exec"), namespace)
-    missing = sorted(set(names) - namespace.keys())
-    if missing:
-        raise UserError(f"--repa-repository: {path} does not contain {', '.join(missing)}")
-    return namespace
+    names = ("sample_posterior", "update_ema", "preprocess_raw_image")
+    return load_functions(repository / "train.py", FLAG, names, variables)
 
 
 def make_repa_steps(
@@ -117,11 +89,9 @@ def make_repa_step(
     Raises:
         UserError: The folder is not a clone of REPA's repository, or REPA has no such network.
     """
-    networks = load_module(repository / "models" / "sit.py").SiT_models
-    compute_loss = load_module(repository / "loss.py").SILoss()
-    loop = load_functions(
-        repository / "train.py", ("sample_posterior", "update_ema", "preprocess_raw_image")
-    )
+    networks = load_module(repository / "models" / "sit.py", FLAG).SiT_models
+    compute_loss = load_module(repository / "loss.py", FLAG).SILoss()
+    functions = load_train_functions(repository)
     if model_name not in networks:
         raise UserError(f"--model {model_name}: REPA's repository has no such network")
     latent_side = batch.moments.shape[-1]
@@ -148,11 +118,11 @@ def make_repa_step(
         labels = batch.labels.to(device)
         autocast = torch.autocast(device.type, torch.float16, enabled=has_fp16)
         with torch.no_grad():
-            latents = loop["sample_posterior"](moments, latents_scale=0.18215, latents_bias=0.0)
+            latents = functions.sample_posterior(moments, latents_scale=0.18215, latents_bias=0.0)
             target = fixed_target
             if encode:
                 with autocast:
-                    inputs = loop["preprocess_raw_image"](images, "dinov2")
+                    inputs = functions.preprocess_raw_image(images, "dinov2")
                     target = encode(inputs)[:, 1:]
         with autocast:
             loss, projection_loss = compute_loss(model, latents, {"y": labels}, zs=[target])
@@ -163,7 +133,7 @@ def make_repa_step(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        loop["update_ema"](ema, model)
+        functions.update_ema(ema, model)
         for value in (loss, projection_loss, norm):
             value.item()
 

@@ -24,7 +24,7 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,27 +34,34 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from benchmarks.authors_code import load_module
 from benchmarks.measure import describe_machine, make_parser, write_result
-from benchmarks.repa import load_functions, load_module
+from benchmarks.repa import load_train_functions
 from common import cli
 from common.cli import UserError
 from models.encoder import Encoder
-from models.repa_encoders import REPA_ENCODERS
+from models.repa_encoders import MISNAMED_PARAMETERS, REPA_ENCODERS
 
 RESOLUTION = 256
 NUM_IMAGES = 2
 TOLERANCE = 1e-5
-# Name of the encoder -> file that REPA reads, and flag of the clone with its network.
+# Repositories with networks: name in the flags -> repository on GitHub.
+REPOSITORIES = {
+    "repa": "sihyun-yu/REPA",
+    "dino": "facebookresearch/dino",
+    "dinov2": "facebookresearch/dinov2",
+}
+# Name of the encoder -> file that REPA reads, and repository with the network.
 FILES = {
-    "mocov3-vit-s": ("mocov3_vits.pth", "--repa-repository"),
-    "mocov3-vit-b": ("mocov3_vitb.pth", "--repa-repository"),
-    "mocov3-vit-l": ("mocov3_vitl.pth", "--repa-repository"),
-    "clip-vit-L": ("ViT-L-14.pt", "--repa-repository"),
-    "mae-vit-l": ("mae_vitl.pth", "--repa-repository"),
-    "jepa-vit-h": ("ijepa_vith.pth", "--repa-repository"),
-    "dinov1-vit-b": ("dinov1_vitb.pth", "--dino-repository"),
-    "dinov2-vit-b": ("dinov2_vitb.pth", "--dinov2-repository"),
-    "dinov2reg-vit-b": ("dinov2reg_vitb.pth", "--dinov2-repository"),
+    "mocov3-vit-s": ("mocov3_vits.pth", "repa"),
+    "mocov3-vit-b": ("mocov3_vitb.pth", "repa"),
+    "mocov3-vit-l": ("mocov3_vitl.pth", "repa"),
+    "clip-vit-L": ("ViT-L-14.pt", "repa"),
+    "mae-vit-l": ("mae_vitl.pth", "repa"),
+    "jepa-vit-h": ("ijepa_vith.pth", "repa"),
+    "dinov1-vit-b": ("dinov1_vitb.pth", "dino"),
+    "dinov2-vit-b": ("dinov2_vitb.pth", "dinov2"),
+    "dinov2reg-vit-b": ("dinov2reg_vitb.pth", "dinov2"),
 }
 CLIP_DEPTH = 24  # number of blocks in OpenAI's file
 FIXED = ("pos_embed",)  # fixed parameters of networks whose position embedding is not learned
@@ -63,10 +70,11 @@ FIXED = ("pos_embed",)  # fixed parameters of networks whose position embedding 
 class ClipImageNetwork(nn.Module):
     """The attributes of CLIP's image network that REPA's UpdatedVisionTransformer reads."""
 
-    def __init__(self, parts: ModuleType, width: int = 1024, depth: int = 24, side: int = 224):
+    def __init__(self, parts: ModuleType, depth: int):
         super().__init__()
+        width = 1024
         patch_size = 14
-        num_tokens = (side // patch_size) ** 2 + 1
+        num_tokens = (224 // patch_size) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn(num_tokens, width))
@@ -125,49 +133,38 @@ class RepaCode:
     """REPA's code, with the networks that it loads from other repositories.
 
     Args:
-        repository: A clone of REPA's repository.
-        others: Flag -> clone of another repository, or None.
+        clones: Clones by the name of the repository. That of REPA is required.
     """
 
-    def __init__(self, repository: Path, others: dict[str, Path | None]):
-        self.dino: Any = None
-        if others["--dino-repository"]:
-            utils = SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)
-            with patch.dict(sys.modules, utils=utils):
-                self.dino = load_module(others["--dino-repository"] / "vision_transformer.py")
-        self.dinov2: Any = None
-        if others["--dinov2-repository"]:
-            folder = str(others["--dinov2-repository"])
-            with patch.object(sys, "path", [folder, *sys.path]):
-                self.dinov2 = importlib.import_module("dinov2.hub.backbones")
-        models = repository / "models"
-        self.mocov3 = load_module(models / "mocov3_vit.py")
-        self.mae = load_module(models / "mae_vit.py")
-        self.jepa = load_module(models / "jepa.py")
-        clip = ModuleType("clip")
-        clip.load = self._load_clip  # type: ignore[attr-defined]  # OpenAI's package
-        with patch.dict(sys.modules, clip=clip):
-            self.clip = load_module(models / "clip_vit.py")
+    def __init__(self, clones: dict[str, Path]):
+        flag = "--repa-repository"
+        models = clones["repa"] / "models"
+        clip = SimpleNamespace(load=self._load_clip)
+        self.mocov3 = load_module(models / "mocov3_vit.py", flag)
+        self.mae = load_module(models / "mae_vit.py", flag)
+        self.jepa = load_module(models / "jepa.py", flag)
+        self.clip = load_module(models / "clip_vit.py", flag, imports={"clip": clip})
         self.modules = {
             "clip": clip,
-            "models.mocov3_vit": self.mocov3,
             "models.mae_vit": self.mae,
             "models.jepa": self.jepa,
             "models.clip_vit": self.clip,
             "models.dinov1": SimpleNamespace(vit_base=self.make_dino),
         }
-        import timm
+        imports = {"models": SimpleNamespace(mocov3_vit=self.mocov3)}
+        utils = load_module(clones["repa"] / "utils.py", flag, imports=imports)
+        self.load_encoders = utils.load_encoders
+        self.preprocess = load_train_functions(clones["repa"]).preprocess_raw_image
 
-        loop = load_functions(repository / "train.py", ("preprocess_raw_image",))
-        loop["CLIP_DEFAULT_MEAN"] = timm.data.OPENAI_CLIP_MEAN
-        loop["CLIP_DEFAULT_STD"] = timm.data.OPENAI_CLIP_STD
-        self.preprocess: Callable[[Tensor, str], Tensor] = loop["preprocess_raw_image"]
-        functions = load_functions(
-            repository / "utils.py", ("load_encoders", "fix_mocov3_state_dict")
-        )
-        functions |= {"timm": timm, "mocov3_vit": self.mocov3}
-        functions["fix_mocov3_state_dict"].__globals__.update(functions)
-        self.load_encoders = functions["load_encoders"]
+        self.dino: Any = None
+        if "dino" in clones:
+            imports = {"utils": SimpleNamespace(trunc_normal_=nn.init.trunc_normal_)}
+            path = clones["dino"] / "vision_transformer.py"
+            self.dino = load_module(path, "--dino-repository", imports=imports)
+        self.dinov2: Any = None
+        if "dinov2" in clones:
+            with patch.object(sys, "path", [str(clones["dinov2"]), *sys.path]):
+                self.dinov2 = importlib.import_module("dinov2.hub.backbones")
 
     def _load_clip(self, name: str, device: str) -> tuple[SimpleNamespace, None]:
         """Return the image network of a TorchScript archive in float32, as OpenAI's package."""
@@ -275,13 +272,7 @@ class RepaCode:
 
 def _use_published_name(key: str) -> str:
     """Return the wrong name that a parameter has in the published ViT-L checkpoint of MoCo v3."""
-    names = {
-        "blocks.13.norm1.": "blocks.13.norm13.",
-        "blocks.13.mlp.fc1.": "blocks.13.mlp.fc13.",
-        "blocks.14.norm2.": "blocks.14.norm14.",
-        "blocks.14.mlp.fc2.": "blocks.14.mlp.fc14.",
-    }
-    for right, wrong in names.items():
+    for wrong, right in MISNAMED_PARAMETERS.items():
         key = key.replace(right, wrong)
     return key
 
@@ -341,19 +332,13 @@ def compare_encoder(code: RepaCode, name: str, images: Tensor, depth: int) -> di
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__, "repa_encoders")
-    parser.add_argument(
-        "--repa-repository",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="clone of github.com/sihyun-yu/REPA",
-    )
-    for name in ("dino", "dinov2"):
+    for name, repository in REPOSITORIES.items():
         parser.add_argument(
             f"--{name}-repository",
             type=Path,
+            required=name == "repa",
             metavar="DIR",
-            help=f"clone of github.com/facebookresearch/{name}",
+            help=f"clone of github.com/{repository}",
         )
     parser.add_argument(
         "--encoders",
@@ -375,25 +360,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the comparison."""
     args = parse_args()
-    clones = {
-        "--repa-repository": args.repa_repository,
-        "--dino-repository": args.dino_repository,
-        "--dinov2-repository": args.dinov2_repository,
-    }
-    names = args.encoders or [name for name, (_, flag) in FILES.items() if clones[flag]]
+    paths = {name: getattr(args, f"{name}_repository") for name in REPOSITORIES}
+    clones = {name: path for name, path in paths.items() if path}
+    names = args.encoders or [name for name, (_, source) in FILES.items() if source in clones]
     for name in names:
-        if not clones[FILES[name][1]]:
-            raise UserError(f"--encoders {name} needs {FILES[name][1]}: pass both flags")
+        _, source = FILES[name]
+        if source not in clones:
+            raise UserError(f"--encoders {name} needs --{source}-repository: pass both flags")
     torch.manual_seed(0)
     images = torch.randint(0, 256, (NUM_IMAGES, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8)
-    code = RepaCode(args.repa_repository, clones)
+    code = RepaCode(clones)
     encoders = {name: compare_encoder(code, name, images, args.depth) for name in names}
-    machine = describe_machine(torch.device("cpu"))
     result = {
-        "benchmark": "repa_encoders",
+        "benchmark": args.benchmark,
         "tolerance": TOLERANCE,
         "encoders": encoders,
-        "machine": machine,
+        "machine": describe_machine(torch.device("cpu")),
     }
     write_result(result, args.json)
     different = [

@@ -5,12 +5,16 @@ backbone with the training step. The noisy latents, the velocity, the head, the 
 the losses are written out for each sample and each token.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from benchmarks.rival_reference import Losses, Reference, get_alignment, randomize
+from benchmarks.rival_reference import (
+    Losses,
+    Reference,
+    get_alignment,
+    randomize,
+    read_gradients,
+)
 from models.target import TrainingInputs
 from train import Step
 
@@ -19,14 +23,10 @@ class SRA2:
     """SRA 2 (arXiv:2601.17830) with the cosine loss."""
 
     title = "SRA 2, cosine"
-    flags: ClassVar[tuple[str, ...]] = ("--align", "sra2")
+    flags = "--align sra2"
     offset = 0.0
     weight = 1.0
     latent_size = None
-    differences: ClassVar[tuple[str, ...]] = (
-        "There is no code of the authors; the reference is the formula of docs/method.md, in "
-        "loops over samples and tokens.",
-    )
 
     def compute_reference(self, step: Step, inputs: TrainingInputs) -> Reference:
         """Give our step random weights, and compute the losses and gradients from the formulas."""
@@ -61,11 +61,7 @@ class SRA2:
 
         total = denoising + self.weight * alignment
         total.backward()
-        gradients = {
-            name: parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        }
+        gradients = read_gradients(model)
         model.zero_grad(set_to_none=True)
         return Reference(Losses(denoising, alignment, total), gradients, measurements={})
 
@@ -90,7 +86,7 @@ class SRA2SmoothL1(SRA2):
     """SRA 2 with the smooth L1 loss and beta = 0.05, the best one in the paper."""
 
     title = "SRA 2, smooth L1"
-    flags: ClassVar[tuple[str, ...]] = (*SRA2.flags, "--align-loss", "smooth_l1")
+    flags = "--align sra2 --align-loss smooth_l1"
 
     def compute_distance(self, token: Tensor, target: Tensor) -> Tensor:
         """Compute the mean of d^2 / (2 beta) for |d| < beta and of |d| - beta / 2 otherwise."""

@@ -2,17 +2,18 @@
 
 A subclass loads a network and a loss from a clone of a repository. The network gets random weights,
 which are copied to our training step, and the gradients of its loss get the names of our
-parameters.
+parameters. Shapes: B batch.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.authors_code import load_module
+from benchmarks.authors_code import load_module, replay_random_numbers
 from checkpointing.official import convert_state_dict
 from models.sit import SiT, SiTConfig
 from models.target import TrainingInputs
@@ -63,7 +64,7 @@ class Reference(NamedTuple):
 
     losses: Losses
     gradients: dict[str, Tensor]  # gradients of the total loss, by the name of our parameter
-    measurements: dict[str, float]  # measured values of known differences
+    measurements: dict[str, float]  # see AuthorsMethod.measure_differences
 
 
 class Case(NamedTuple):
@@ -85,6 +86,20 @@ def randomize(network: nn.Module, seed: int) -> None:
             parameter.data.copy_(values * fan_in**-0.5)
 
 
+def read_gradients(network: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of all trained parameters by name, with zeros for unused parameters."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def make_dropout_draws(inputs: TrainingInputs) -> Tensor:
+    """Return the random numbers with which the authors' networks drop the same labels as ours."""
+    return (inputs.labels == inputs.classes).float()
+
+
 def get_alignment(step: Step) -> Alignment:
     """Return the only alignment method of a step."""
     (alignment,) = step.alignments.values()
@@ -100,14 +115,13 @@ class AuthorsMethod(ABC):
 
     title: ClassVar[str]
     repository: ClassVar[str]  # a key of REPOSITORIES
-    files: ClassVar[tuple[str, ...]]  # files of the repository that are executed
-    flags: ClassVar[tuple[str, ...]]  # flags of train.py here
+    files: ClassVar[str]  # files of the repository that are executed, separated by spaces
+    flags: ClassVar[str]  # flags of train.py here
     weight: ClassVar[float]  # default of the authors' flag
     offset: ClassVar[float] = 1.0  # our alignment loss minus that of the authors
     origin: ClassVar[str] = "repa"  # see checkpointing.official
     # Prefixes of the names of the head's parameters: theirs -> ours.
     head_prefixes: ClassVar[dict[str, str]] = {"projectors.0.": "heads.repa."}
-    differences: ClassVar[tuple[str, ...]] = ()  # known differences
     latent_size: ClassVar[int | None] = None  # if the loss depends on it
 
     def __init__(self, root: Path):
@@ -124,15 +138,20 @@ class AuthorsMethod(ABC):
         """Build the authors' network."""
 
     @abstractmethod
-    def compute_losses(self, case: Case) -> Losses:
-        """Compute the authors' losses."""
+    def call_loss(self, case: Case) -> tuple[Tensor, Tensor]:
+        """Return the authors' denoising loss and alignment loss, of each sample or averaged."""
+
+    def make_draws(self, inputs: TrainingInputs) -> dict[str, list[Tensor]]:
+        """Return the random numbers that the loss draws, by the name of torch's function."""
+        timesteps = inputs.t[:, None, None, None]  # most losses draw the shape (B, 1, 1, 1)
+        return {"rand": [timesteps, make_dropout_draws(inputs)], "randn_like": [inputs.noise]}
 
     def find_teacher(self, step: Step) -> SiT | None:
         """Return the network in our step that receives the weights of the teacher."""
         return None
 
     def measure_differences(self, case: Case) -> dict[str, float]:
-        """Measure the known differences."""
+        """Return the losses of released code that the comparison changes, by description."""
         return {}
 
     def import_file(self, path: str, **options: Any) -> Any:
@@ -144,17 +163,21 @@ class AuthorsMethod(ABC):
         network, teacher = self.build_networks(step)
         self.copy_weights(network, teacher, step)
         case = Case(network, teacher, inputs, get_alignment(step))
-        losses = self.compute_losses(case)
+        denoising, alignment = self.replay(self.call_loss, case)
+        losses = Losses(denoising, alignment, denoising + self.weight * alignment)
         losses.total.backward()
-        gradients = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in network.named_parameters()
-            if parameter.requires_grad
-        }
         with torch.no_grad():
             measurements = self.measure_differences(case)
         # The conversion of the weights is orthogonal, so it also converts the gradients.
-        return Reference(losses, self.convert(gradients, step), measurements)
+        return Reference(losses, self.convert(read_gradients(network), step), measurements)
+
+    def replay(
+        self, call_loss: Callable[[Case], tuple[Tensor, Tensor]], case: Case
+    ) -> tuple[Tensor, Tensor]:
+        """Call a loss with the random numbers of our step, and average over the samples."""
+        with replay_random_numbers(**self.make_draws(case.inputs)):
+            denoising, alignment = call_loss(case)
+        return denoising.mean(), alignment.mean()
 
     def build_networks(self, step: Step) -> tuple[nn.Module, nn.Module]:
         """Build the authors' network and a teacher, with different random weights."""
@@ -184,15 +207,12 @@ class AuthorsMethod(ABC):
 
     def convert(self, tensors: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """Rename tensors of the authors' network to the names of an `AlignedSiT`."""
-        converted = {}
-        backbone = {}
-        for name, tensor in tensors.items():
-            for prefix, our_prefix in self.head_prefixes.items():
+        heads = {}
+        backbone = dict(tensors)
+        for prefix, our_prefix in self.head_prefixes.items():
+            for name in tensors:
                 if name.startswith(prefix):
-                    converted[our_prefix + name.removeprefix(prefix)] = tensor
-                    break
-            else:
-                backbone[name] = tensor
+                    heads[our_prefix + name.removeprefix(prefix)] = backbone.pop(name)
         config = step.state.model.backbone.config
         backbone = convert_state_dict(backbone, config, self.origin)
-        return converted | {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+        return heads | {f"backbone.{name}": tensor for name, tensor in backbone.items()}

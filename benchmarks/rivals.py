@@ -15,7 +15,6 @@ parameter of the backbone and the head. It fails if a difference exceeds 1e-5. T
 depth and the blocks of SiT-B/2, but a smaller width, and run on the CPU in float32.
 """
 
-import argparse
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,12 +28,20 @@ from benchmarks.authors_code import describe_files
 from benchmarks.measure import describe_machine, make_parser, write_result
 from benchmarks.rival_formula import FORMULAS, SRA2
 from benchmarks.rival_methods import AUTHORS_METHODS, STORED_ENCODERS
-from benchmarks.rival_reference import REPOSITORIES, AuthorsMethod, Losses, get_alignment
+from benchmarks.rival_reference import (
+    REPOSITORIES,
+    AuthorsMethod,
+    Losses,
+    get_alignment,
+    read_gradients,
+)
 from benchmarks.run_steps import Plan, build_step
+from benchmarks.table import TABLES
+from benchmarks.table_rows import list_differences
 from benchmarks.variants import make_synthetic_manifest
 from common import cli
 from common.cli import UserError
-from models.encoder import EncoderShape, canonical_name, describe_encoder
+from models.encoder import canonical_name, describe_encoder
 from models.sit import SiTConfig
 from models.target import TrainingInputs
 from train import Step
@@ -55,7 +62,7 @@ class Size:
     batch_size: int = 4
 
 
-def build_our_step(flags: tuple[str, ...], size: Size) -> Step:
+def build_our_step(flags: list[str], size: Size) -> Step:
     """Build the training step of train.py for a small network with the blocks of SiT-B/2."""
     common_flags = ["--exp-name", "rivals", "--data-dir", ".", "--model", MODEL]
     # The default width of SRA's head is twice the width of the network.
@@ -74,10 +81,8 @@ def build_our_step(flags: tuple[str, ...], size: Size) -> Step:
     return build_step(plan, Accelerator(cpu=True, mixed_precision="no"))
 
 
-@cache
-def describe_stored_encoder(encoder: str, resolution: int) -> EncoderShape:
-    """Return the sizes of an encoder. The result is cached, because it takes long to determine."""
-    return describe_encoder(encoder, resolution)
+# The result is cached, because each call takes a fraction of a second.
+describe_stored_encoder = cache(describe_encoder)
 
 
 def describe_features(encoder: str, network: SiTConfig, resolution: int) -> dict:
@@ -119,33 +124,28 @@ def compute_ours(step: Step, inputs: TrainingInputs) -> tuple[Losses, dict[str, 
     """Run the forward and backward pass of a training step."""
     total, scalars = step.compute_losses(inputs)
     total.mean().backward()
-    gradients = {
-        name: parameter.grad
-        for name, parameter in step.state.model.named_parameters()
-        if parameter.grad is not None
-    }
     alignment = scalars[f"align/{get_alignment(step).config.method}"]
     losses = Losses(scalars["denoising"].mean(), alignment.mean(), total.mean())
-    return losses, gradients
+    return losses, read_gradients(step.state.model)
 
 
 def compare(method: AuthorsMethod | SRA2, size: Size) -> dict:
     """Compare a method with its reference, and return an entry of the JSON file."""
     if method.latent_size:
         size = replace(size, latent_size=method.latent_size)
-    step = build_our_step(method.flags, size)
+    flags = method.flags.split()
+    step = build_our_step(flags, size)
     inputs = make_inputs(step.state.model.backbone.config, size)
     reference = method.compute_reference(step, inputs)
     losses, gradients = compute_ours(step, inputs)
     alignment = get_alignment(step)
     return {
-        "flags": list(method.flags),
+        "flags": flags,
         "latent_size": size.latent_size,
         "block": alignment.config.block,
         "weight": alignment.config.weight,
         "losses": compare_losses(losses, reference.losses, method.offset, method.weight),
         "gradient": compare_gradients(gradients, reference.gradients),
-        "known_differences": list(method.differences),
         "measured_differences": reference.measurements,
     }
 
@@ -204,12 +204,6 @@ def compare_gradients(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> 
     }
 
 
-def largest_difference(entry: dict) -> float:
-    """Return the largest difference of a method."""
-    losses = [loss["difference"] for loss in entry["losses"].values()]
-    return max(*losses, entry["gradient"]["largest_difference"])
-
-
 def compare_all(repositories: dict[str, Path], size: Size) -> dict[str, dict]:
     """Compare all methods whose repository is given, and the formulas.
 
@@ -224,25 +218,10 @@ def compare_all(repositories: dict[str, Path], size: Size) -> dict[str, dict]:
             method = method_class(root)
             results[method.title] = {
                 **REPOSITORIES[method.repository]._asdict(),
-                **describe_files(root, method.files),
+                **describe_files(root, method.files.split()),
                 **compare(method, size),
             }
     return results
-
-
-def print_table(results: dict[str, dict]) -> None:
-    """Print the differences of all methods."""
-    print(f"\n{'method':28}{'denoising':>12}{'alignment':>12}{'total':>12}{'gradient':>12}")
-    for title, entry in results.items():
-        differences = [loss["difference"] for loss in entry["losses"].values()]
-        differences.append(entry["gradient"]["largest_difference"])
-        print(f"{title:28}" + "".join(f"{difference:12.1e}" for difference in differences))
-
-
-def read_repositories(args: argparse.Namespace) -> dict[str, Path]:
-    """Return the clones that the flags name, by the name of the repository."""
-    paths = {name: getattr(args, f"{name}_repository") for name in REPOSITORIES}
-    return {name: path for name, path in paths.items() if path}
 
 
 def main() -> None:
@@ -257,11 +236,11 @@ def main() -> None:
         )
     args = parser.parse_args()
     size = Size()
-    results = compare_all(read_repositories(args), size)
-    machine = describe_machine(torch.device("cpu"))
+    paths = {name: getattr(args, f"{name}_repository") for name in REPOSITORIES}
+    results = compare_all({name: path for name, path in paths.items() if path}, size)
     result = {
         "benchmark": args.benchmark,
-        "machine": machine | {"timm": timm.__version__},
+        "machine": describe_machine(torch.device("cpu")) | {"timm": timm.__version__},
         "model": MODEL,
         "width": size.width,
         "batch_size": size.batch_size,
@@ -269,8 +248,8 @@ def main() -> None:
         "results": results,
     }
     write_result(result, args.json)
-    print_table(results)
-    failed = [title for title, entry in results.items() if largest_difference(entry) > TOLERANCE]
+    print(f"\n{TABLES['rivals'].format([result])}")
+    failed = [title for title, entry in results.items() if max(list_differences(entry)) > TOLERANCE]
     if failed:
         raise UserError(
             f"{', '.join(failed)}: a loss or gradient differs from the reference by more than "

@@ -256,13 +256,17 @@ def scaling_assumption_rows(result: dict) -> Iterator[str]:
         yield " | ".join(assumption.values())
 
 
+def list_differences(entry: dict) -> list[float]:
+    """Return the differences of the three losses and the gradient from the authors' code."""
+    losses = [loss["difference"] for loss in entry["losses"].values()]
+    return [*losses, entry["gradient"]["largest_difference"]]
+
+
 def rivals_rows(result: dict) -> Iterator[str]:
     """Yield one row per method, with its differences from the code of its authors."""
     for method, entry in result["results"].items():
         source = "formulas in method.md"
         if "url" in entry:
             source = f"[{entry['url'].split('/')[-1]}]({entry['url']}) {entry['commit'][:7]}"
-        differences = [loss["difference"] for loss in entry["losses"].values()]
-        differences.append(entry["gradient"]["largest_difference"])
-        cells = [f"{difference:.0e}" if difference else "0" for difference in differences]
+        cells = [f"{value:.0e}" if value else "0" for value in list_differences(entry)]
         yield " | ".join([method, source, *cells])

@@ -40,11 +40,12 @@ from benchmarks.repa import REPA_STEPS, make_repa_steps
 from benchmarks.run_steps import Plan, make_accelerator
 from benchmarks.variant_steps import build_sharded_steps, build_steps, name_steps
 from benchmarks.variants import (
+    VARIANT_FLAGS,
     StepConfig,
-    group_variants,
-    make_plan,
     make_plans,
+    make_synthetic_manifest,
     parse_variant,
+    plan_groups,
 )
 from common import cli
 from common.cli import UserError
@@ -97,8 +98,8 @@ def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
         nargs="+",
         default=["none", "sra2"],
         metavar="VARIANT",
-        help=f"variants to compare: none, {', '.join(TARGETS)}, or several methods joined by +, "
-        "such as sra2+repa",
+        help=f"variants to compare: none, {', '.join((*VARIANT_FLAGS, *TARGETS))}, or several "
+        "methods joined by +, such as sra2+repa",
     )
     parser.add_argument(
         "--steps",
@@ -106,6 +107,28 @@ def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
         help="steps per timed round (default: 10 on a GPU, 1 on a CPU)",
     )
     return parser
+
+
+def build_all_steps(
+    config: StepConfig, variants: list[str], accelerator: Accelerator, additions: Additions
+) -> dict[str, Action]:
+    """Build the steps of all variants and of REPA's repository, by name.
+
+    Args:
+        config: Settings of the steps.
+        variants: Names of the variants.
+        accelerator: Accelerator that determines the device and the precision.
+        additions: Determines the steps in addition to one step per variant.
+    """
+    actions: dict[str, Action] = {}
+    for group, plan in plan_groups(config, variants):
+        actions |= build_steps(plan, accelerator, group, additions.accumulated_parts)
+        actions |= build_sharded_steps(plan, accelerator, group)
+    if additions.repa_repository:
+        manifest = make_synthetic_manifest(config.latent_size)
+        device = accelerator.device
+        actions |= make_repa_steps(additions.repa_repository, config, manifest, device)
+    return actions
 
 
 def write_kernel_table(action: Action, device: torch.device, path: Path) -> None:
@@ -186,19 +209,13 @@ def measure_variants(
 
     # Measure the matmul rate before and after the timings, because machine speed drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
-    actions: dict[str, Action] = {}
-    for group in group_variants(variants):
-        group_plan = make_plan(config, group)
-        actions |= build_steps(group_plan, accelerator, group, accumulated_parts)
-        actions |= build_sharded_steps(group_plan, accelerator, group)
+    actions = build_all_steps(config, variants, accelerator, additions)
     variant_of_step = {
         name: variant
         for variant in variants
         for name in name_steps(variant, accumulated_parts)
         if name in actions
     }
-    if additions.repa_repository:
-        actions |= make_repa_steps(additions.repa_repository, config, plan.manifest, device)
     first_step_s = {name: time_call(action, device) for name, action in actions.items()}
     timings = time_interleaved(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))

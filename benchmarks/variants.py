@@ -5,7 +5,7 @@ A variant is "none", "plain", a key of `VARIANT_FLAGS`, or the names of alignmen
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,11 +84,24 @@ def split_variant(variant: str) -> list[str]:
     return special.get(variant, variant.split("+"))
 
 
-def group_variants(variants: list[str]) -> list[list[str]]:
-    """Return groups of variants that can share a network and a plan."""
+def plan_groups(config: StepConfig, variants: list[str]) -> list[tuple[list[str], Plan]]:
+    """Return groups of variants that share a network, with the plan of each group.
+
+    Raises:
+        UserError: If the settings contradict each other.
+    """
+    groups = [[variant] for variant in variants if variant in VARIANT_FLAGS]
     shared = [variant for variant in variants if variant not in VARIANT_FLAGS]
-    separate = [[variant] for variant in variants if variant in VARIANT_FLAGS]
-    return [shared, *separate] if shared else separate
+    if shared:
+        groups.insert(0, shared)
+    use_repa = [any("repa" in split_variant(variant) for variant in group) for group in groups]
+    plans = []
+    for group, uses_repa in zip(groups, use_repa):
+        group_config = config
+        if any(use_repa) and not uses_repa:
+            group_config = replace(config, repa_encoder=None)  # for another group
+        plans.append((group, make_plan(group_config, group)))
+    return plans
 
 
 def make_plans(config: StepConfig, variants: list[str]) -> dict[str, Plan]:
@@ -98,8 +111,7 @@ def make_plans(config: StepConfig, variants: list[str]) -> dict[str, Plan]:
         UserError: If the settings contradict each other.
     """
     plans: dict[str, Plan] = {}
-    for group in group_variants(variants):
-        plan = make_plan(config, group)
+    for group, plan in plan_groups(config, variants):
         plans |= {variant: select_variant(plan, variant) for variant in group}
     return {variant: plans[variant] for variant in variants}
 

@@ -64,8 +64,8 @@ def read_clip(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key.startswith("visual.")}
 
 
-# Parameters of blocks 13 and 14 that the published ViT-L checkpoint of MoCo v3 misnames.
-_MISNAMED = {
+# Wrong names of parameters in the published ViT-L checkpoint of MoCo v3 -> right names.
+MISNAMED_PARAMETERS = {
     "blocks.13.norm13.": "blocks.13.norm1.",
     "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
     "blocks.14.norm14.": "blocks.14.norm2.",
@@ -86,7 +86,7 @@ def read_mocov3(path: Path) -> dict[str, Tensor]:
         if not key.startswith(prefix):
             continue
         name = key.removeprefix(prefix)
-        for wrong, right in _MISNAMED.items():
+        for wrong, right in MISNAMED_PARAMETERS.items():
             name = name.replace(wrong, right)
         if not name.startswith(("head.", "fc.")):
             encoder[name] = value
@@ -100,10 +100,10 @@ def _read_with_timm(path: Path) -> dict[str, Any]:
     return timm.models.load_state_dict(str(path))
 
 
-def _make_dinov2(size: str, registers: bool) -> RepaEncoder:
+def _make_dinov2(size: str, suffix: str = "") -> RepaEncoder:
     return RepaEncoder(
-        f"vit_{_DINOV2_SIZES[size]}_patch14{'_reg4' if registers else ''}_dinov2.lvd142m",
-        f"dinov2_vit{size}14{'_reg4' if registers else ''}_pretrain.pth",
+        f"vit_{_DINOV2_SIZES[size]}_patch14{suffix}_dinov2.lvd142m",
+        f"dinov2_vit{size}14{suffix}_pretrain.pth",
         "https://github.com/facebookresearch/dinov2",
     )
 
@@ -123,8 +123,8 @@ def _make_mocov3(size: str, file: str, project: str, num_heads: int) -> RepaEnco
 _MOCO = "https://github.com/facebookresearch/moco-v3"
 _RCG = "https://github.com/LTH14/rcg"
 REPA_ENCODERS: dict[str, RepaEncoder] = {
-    **{f"dinov2-vit-{size}": _make_dinov2(size, registers=False) for size in _DINOV2_SIZES},
-    **{f"dinov2reg-vit-{size}": _make_dinov2(size, registers=True) for size in _DINOV2_SIZES},
+    **{f"dinov2-vit-{size}": _make_dinov2(size) for size in _DINOV2_SIZES},
+    **{f"dinov2reg-vit-{size}": _make_dinov2(size, "_reg4") for size in _DINOV2_SIZES},
     "dinov1-vit-b": RepaEncoder(
         "vit_base_patch16_224.dino",
         "dino_vitbase16_pretrain.pth",

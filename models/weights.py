@@ -138,10 +138,11 @@ def _describe_download(name: str) -> str:
     import timm
 
     config = timm.get_pretrained_cfg(timm_name(name))
+    hub_id = config and config.hf_hub_id
     encoder = REPA_ENCODERS.get(name)
-    if encoder and not (config and config.hf_hub_id):
+    if encoder and not hub_id:
         return f"download {encoder.source}, then pass its path"
-    hub_id = (config and config.hf_hub_id) or timm_name(name)
+    hub_id = hub_id or timm_name(name)
     if "/" not in hub_id:
         hub_id = f"timm/{hub_id}"
     return f"run 'hf download {hub_id} model.safetensors', then pass the path that it prints"

@@ -67,6 +67,15 @@ def make_tree(folder: Path, images: int = 24, side: int = 32) -> Path:
     return folder
 
 
+def write_files(folder: Path, files: dict[str, str]) -> Path:
+    """Write text files, by their path in the folder."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
 def call_main(module: ModuleType, *flags) -> None:
     """Call the main function of a command in this process."""
     from accelerate.state import AcceleratorState

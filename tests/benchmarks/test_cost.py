@@ -216,6 +216,17 @@ def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
             assert scalars == expected
 
 
+def test_encoder_applies_to_the_variants_with_an_encoder():
+    plans = make_plans(make_config(repa_encoder="test_vit"), ["none", "irepa", "repa"])
+    encoders = {
+        name: [entry.get("encoder") for entry in plan.align] for name, plan in plans.items()
+    }
+    assert encoders == {"none": [], "irepa": ["test_vit"], "repa": ["test_vit"]}
+    plans = make_plans(make_config(repa_encoder="test_vit"), ["sra2", "irepa"])
+    assert [entry["method"] for entry in plans["sra2"].align] == ["sra2"]
+    assert plans["irepa"].align[0]["encoder"] == "test_vit"
+
+
 def test_cost_reports_times_and_counts(call, tmp_path):
     flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 2 --align none sra2+repa sra"
     flags = [*flags.split(), *["--rounds", "2", "--warm-up", "0", "--json"], tmp_path / "a.json"]

@@ -19,6 +19,7 @@ from benchmarks import (
 )
 from common.cli import UserError
 from dataset import CachedBatch
+from tests.helpers import write_files
 
 # A repository with the interfaces that the benchmark uses, and tiny functions.
 FILES = {
@@ -62,11 +63,7 @@ def update_ema(ema_model, model, decay=0.9999):
 
 @pytest.fixture
 def repository(tmp_path):
-    for name, text in FILES.items():
-        path = tmp_path / "REPA" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path / "REPA"
+    return write_files(tmp_path / "REPA", FILES)
 
 
 def test_step_of_repas_repository_trains_its_network(repository, capsys):
@@ -89,7 +86,7 @@ def test_step_of_repas_repository_trains_its_network(repository, capsys):
     with pytest.raises(UserError, match=r"train\.py does not contain update_ema"):
         make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)
     (repository / "loss.py").unlink()
-    with pytest.raises(UserError, match=r"loss\.py does not exist; pass a clone of REPA's"):
+    with pytest.raises(UserError, match=r"--repa-repository: .*loss\.py does not exist; pass"):
         make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)
 
 
