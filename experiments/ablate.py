@@ -154,14 +154,16 @@ def make_study(args: argparse.Namespace, train_flags: list[str]) -> Study:
 def print_table_1(args: argparse.Namespace, train_flags: list[str]) -> None:
     """Print the commands of Table 1 of the paper (see experiments/paper.py)."""
     table = list_table_1(args.model, args.max_train_steps, args.axis)
-    PaperPlan(
+    plan = PaperPlan(
         scale="imagenet",
         tables=(table,),
         seeds=tuple(args.seeds),
         data_dir=args.data_dir,
         output_dir=args.output_dir,
         train_flags=tuple(train_flags),
-    ).print_run_commands(args.gpus)
+    )
+    plan.check(args.gpus)
+    plan.print_run_commands(args.gpus)
 
 
 def write_ablation_report(result: dict, path: Path) -> None:
@@ -196,7 +198,6 @@ def main() -> None:
     elif args.gather:
         study.gather()
     else:
-        study.check()
         try:
             open_cache(args.data_dir)
         except UserError as error:

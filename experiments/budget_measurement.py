@@ -4,7 +4,6 @@ The runs of the measurement are in OUTPUT_DIR/measurement, which is deleted afte
 the compiled graphs of the study, and compile them if necessary.
 """
 
-import os
 import shutil
 import signal
 import sys
@@ -50,7 +49,6 @@ class MeasuredRun:
         self.folder = folder / cell.run_name
         self.gpus = gpus
         self.batch_size = cell.parse_settings().loop.batch_size
-        self.started = time.monotonic()
         self.process = TaskProcess(cell.make_task(folder), folder, num_threads, gpus)
         self.first_row_s = 0.0  # seconds from the start to the first row
         self.ignored_rows = 0  # rows before all runs were training
@@ -68,13 +66,12 @@ class MeasuredRun:
         with suppress(UserError):
             rows, _ = read_log(self.folder)
         if rows and not self.first_row_s:
-            self.first_row_s = time.monotonic() - self.started
+            self.first_row_s = time.monotonic() - self.process.start_time
         return rows
 
     def kill(self) -> None:
         """Kill the process and its children."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.popen.pid, signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)
         self.process.popen.wait()
 
 
@@ -132,7 +129,7 @@ class Measurement:
         """
         stopped = self.runs[0]
         stop_time = time.monotonic()
-        os.killpg(stopped.process.popen.pid, signal.SIGTERM)
+        stopped.process.send_signal(signal.SIGTERM)
         self.wait(lambda: stopped.process.popen.poll() is not None)
         end_s = time.monotonic() - stop_time
         cell = stopped.cell._replace(seed=stopped.cell.seed + len(self.runs))

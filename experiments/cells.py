@@ -13,11 +13,7 @@ from common.cli import UserError
 from evaluations.runs import read_json
 from experiments.tasks import Task, make_portable
 from latents.cache import CacheError, LatentCache
-from training.config import (
-    Settings,
-    check_batch_size,
-    parse_settings,
-)
+from training.config import Settings, check_batch_size, parse_settings
 from training.resume import build_args_json
 
 

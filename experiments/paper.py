@@ -24,8 +24,9 @@ from common.cli import UserError
 from common.machine import count_available_cores
 from experiments.engine import run_in_this_process
 from experiments.paper_page import draw_figure, format_tables
-from experiments.paper_plan import SCALES, PaperPlan
+from experiments.paper_plan import PaperPlan
 from experiments.paper_results import gather_tables
+from experiments.paper_scales import SCALES
 from experiments.paper_slurm import write_slurm_scripts
 from experiments.paper_tables import DEFAULT_GUIDANCE, TABLES
 from experiments.results import load_result, save_result, write_report
@@ -65,13 +66,11 @@ def make_parser() -> cli.Parser:
         type=Path,
         help="reference of the metrics (default: VIRTUAL_imagenet256_labeled.npz)",
     )
-    for flag, kind, value in zip(
-        ("--cfg-scale", "--guidance-low", "--guidance-high"),
-        (cli.positive_float, cli.fraction, cli.fraction),
-        DEFAULT_GUIDANCE,
-    ):
-        text = "guidance of Table 3, as in sample_ddp.py; the paper's value is not known"
-        add(flag, type=kind, default=value, help=text)
+    scale, low, high = DEFAULT_GUIDANCE
+    guidance_help = "guidance of Table 3, as in sample_ddp.py; the paper's value is not known"
+    add("--cfg-scale", type=cli.positive_float, default=scale, help=guidance_help)
+    add("--guidance-low", type=cli.fraction, default=low, help=guidance_help)
+    add("--guidance-high", type=cli.fraction, default=high, help=guidance_help)
     add(
         "--ep-fid",
         type=cli.positive_float,
@@ -96,7 +95,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is invalid, or if no action is selected.
     """
-    args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--proj", "--repa")
+    prefixes = ("--align", "--proj", "--repa", "--milestone-steps")
+    args, train_flags = parse_study_flags(make_parser(), argv, *prefixes)
     if not (args.print or args.slurm or args.run or args.gather or args.plot):
         raise UserError("no action is selected; pass --print, --slurm DIR, --run or --gather")
     if args.cfg_scale < 1 or args.guidance_low > args.guidance_high:
@@ -109,11 +109,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args.gpus = 1
     output_dir = args.output_dir or Path("exps/paper-demo" if is_demo else "exps/paper")
     num_gpus = len(list_visible_gpus())
+    if args.run and 0 < num_gpus < args.gpus:
+        raise UserError(
+            f"--gpus {args.gpus} is more than the {num_gpus} visible GPUs; pass --gpus {num_gpus}"
+        )
     set_defaults(
         args,
         data_dir=Path("data/fashion-mnist" if is_demo else "data/imagenet256"),
         seeds=[0],
-        jobs=max(1, num_gpus // args.gpus) if num_gpus else count_available_cores(),
+        jobs=num_gpus // args.gpus or count_available_cores(),
         output_dir=output_dir,
         out=output_dir / "paper.json",
         ep_fid=[*SCALES[args.scale].fid_levels],
@@ -142,13 +146,15 @@ def run(plan: PaperPlan, jobs: int, gpus: int) -> dict[str, str]:
     In the demo, this process samples and evaluates, because the start of a process would take
     longer than its work.
     """
+    stages = plan.stages
+    tasks = [*stages["encode"], *stages["cost"], *stages["train"]]
+    # The samples may be deleted after their evaluation.
     evaluations = [
         task
         for evaluation in plan.evaluations.values()
-        for task in evaluation.list_tasks(plan.output_dir)
+        if not evaluation.evaluate.is_finished(plan.output_dir)
+        for task in (evaluation.sample, evaluation.evaluate)
     ]
-    tasks = [*plan.list_encode_tasks(), *plan.list_cost_tasks()]
-    tasks += [planned.train for planned in plan.runs]
     if not plan.is_demo:
         return run_tasks([*tasks, *evaluations], plan.output_dir, jobs, gpus)
     errors = run_tasks(tasks, plan.output_dir, jobs)
@@ -171,8 +177,7 @@ def main() -> None:
         write_paper_report(args.plot)
         return
     plan = make_plan(args, train_flags)
-    for planned in plan.runs:
-        planned.cell.parse_settings(args.gpus)
+    plan.check(args.gpus)
     if args.print:
         plan.print_commands(args.gpus)
     if args.slurm:
@@ -185,8 +190,7 @@ def main() -> None:
         settings = gather_tables(plan, args.gpus, args.ep_fid)
         save_result(args.out, "paper", settings, [])
         write_paper_report(args.out)
-    num_shared_tasks = len(plan.list_encode_tasks()) + len(plan.list_cost_tasks())
-    check_no_failures(errors, num_shared_tasks + len(plan.runs) + 2 * len(plan.evaluations))
+    check_no_failures(errors, sum(map(len, plan.stages.values())))
 
 
 if __name__ == "__main__":

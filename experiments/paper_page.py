@@ -1,13 +1,14 @@
 """Write the tables and the figure of experiments/paper.py from its JSON result only."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluations.runs import JsonObject
+from experiments.formatting import abbreviate, format_bounds, format_markdown_table
 from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.speedup import Bounds
-from experiments.study_numbers import format_bounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,17 +45,14 @@ def format_table(table: JsonObject) -> list[str]:
     if len(measured_rows) > 1:
         first, *others = [row["deviations"] for row in measured_rows]
         common = [text for text in first if all(text in other for other in others)]
-    lines = [
-        "| row | steps | metric | the paper | ours | 95% interval | difference | progress "
-        "| comparable |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("row", "steps", "metric", "the paper", "ours", "95% interval", "difference")
+    rows = [[*columns, "progress", "comparable"]]
     for row in table["rows"]:
         spec = FORMATS[row["metric"]]
         metric = METRIC_LABELS.get(row["metric"], row["metric"])
         cells = [
             row["label"],
-            format_steps(row["steps"]),
+            abbreviate(row["steps"]),
             metric,
             format_number(row["paper"], spec),
         ]
@@ -67,7 +65,8 @@ def format_table(table: JsonObject) -> list[str]:
                 ours += f" ({measured})"
             cells += [ours, format_interval(row, spec), format_difference(row["difference"], spec)]
             cells += [f"{row['progress']:.0%}", describe_comparability(row, common)]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    lines = format_markdown_table(rows)
     if common:
         lines += ["", f"Deviations of all measured rows: {'; '.join(common)}."]
     return lines
@@ -75,16 +74,13 @@ def format_table(table: JsonObject) -> list[str]:
 
 def format_cost_table(table: JsonObject) -> list[str]:
     """Return the lines of Table 5."""
-    lines = [
-        "| quantity | the paper | ours | difference | comparable |",
-        "|---|---|---|---|---|",
-    ]
+    rows = [["quantity", "the paper", "ours", "difference", "comparable"]]
     for row in table["rows"]:
         spec = row["format"]
         cells = [row["label"], format_number(row["paper"], spec), format_ours(row, spec)]
         cells += [format_difference(row["difference"], spec), describe_comparability(row)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return format_markdown_table(rows)
 
 
 def format_number(value: float | None, spec: str) -> str:
@@ -113,25 +109,22 @@ def format_difference(difference: float | None, spec: str) -> str:
     return "" if difference is None else f"{difference:+{spec}}"
 
 
-def describe_comparability(row: JsonObject, common: list[str] | None = None) -> str:
-    """Return whether our value is comparable with the paper's, and the deviations if not.
+def describe_comparability(row: JsonObject, common: Sequence[str] = ()) -> str:
+    """Return whether our value is comparable with the paper's, with the deviations and the note.
 
     Args:
         row: The row of the result.
         common: Deviations that are stated elsewhere.
     """
-    remarks = [text for text in row["deviations"] if text not in (common or [])]
-    if row["note"]:
-        remarks.append(row["note"])
     if row["ours"] is None:
-        return "; ".join(remarks)
-    answer = "no" if row["deviations"] else "yes"
-    return f"{answer}: {'; '.join(remarks)}" if remarks else answer
-
-
-def format_steps(steps: int) -> str:
-    """Format a number of steps, such as 400K."""
-    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}K"
+        return "; ".join(text for text in (*row["deviations"], row["note"]) if text)
+    text = "no" if row["deviations"] else "yes"
+    deviations = [deviation for deviation in row["deviations"] if deviation not in common]
+    if deviations:
+        text += f": {'; '.join(deviations)}"
+    if row["note"]:
+        text += f" ({row['note']})"
+    return text
 
 
 def format_epochs(result: JsonObject) -> list[str]:
@@ -141,29 +134,19 @@ def format_epochs(result: JsonObject) -> list[str]:
         return []
     metric = entries[0]["metric"]
     levels = [*entries[0]["reached"]]
-    headers = [f"{metric} {level}" for level in levels]
-    lines = [
-        f"## Epochs to reach a given {metric} (EP_FID@k)",
-        "",
-        f"| run | points | {' | '.join(headers)} |",
-        "|---|---|" + "---|" * len(levels),
-    ]
+    rows = [["run", "points", *(f"{metric} {level}" for level in levels)]]
     for entry in entries:
         cells = [entry["run"], str(len(entry["epochs"]))]
         for low, high in entry["reached"].values():
-            cells.append(format_bounds(Bounds(low, math.inf if high is None else high), 1))
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+            cells.append(format_bounds(Bounds(low, math.inf if high is None else high)))
+        rows.append(cells)
+    title = f"## Epochs to reach a given {metric} (EP_FID@k)"
+    return [title, "", *format_markdown_table(rows), ""]
 
 
 def format_progress(result: JsonObject) -> list[str]:
     """Return the section with the progress and the remaining GPU-hours of each run."""
-    lines = [
-        "## Progress",
-        "",
-        "| run | seed | steps | images/s | remaining GPU-hours |",
-        "|---|---|---|---|---|",
-    ]
+    rows = [["run", "seed", "steps", "images/s", "remaining GPU-hours"]]
     for run in result["progress"]:
         rate = "not measured"
         if run["images_per_s"] is not None:
@@ -173,12 +156,14 @@ def format_progress(result: JsonObject) -> list[str]:
         hours = run["remaining_gpu_hours"]
         hours = "not known" if hours is None else f"{hours:,.3g}"
         steps = f"{run['steps_done']:,} of {run['steps']:,}"
-        lines.append(f"| {run['run']} | {run['seed']} | {steps} | {rate} | {hours} |")
+        rows.append([run["run"], str(run["seed"]), steps, rate, hours])
     total = result["remaining_gpu_hours"]
     total = "an unknown number of" if total is None else f"{total:,.3g}"
     gpus = result["gpus_per_run"]
     return [
-        *lines,
+        "## Progress",
+        "",
+        *format_markdown_table(rows),
         "",
         f"Training still needs **{total} GPU-hours**, with {gpus} GPU{'s' if gpus > 1 else ''} per "
         "run (`--gpus`). This excludes sampling and evaluation.",
@@ -257,7 +242,7 @@ def draw_panels(
             if row["interval"]:
                 right.plot(row["interval"], [y, y], color=color, linewidth=2)
             right.plot(row["ours"], y, "o", color=color, markersize=5)
-    labels = [f"{row['label']}, {format_steps(row['steps'])}" for row in rows]
+    labels = [f"{row['label']}, {abbreviate(row['steps'])}" for row in rows]
     left.set_yticks(positions, [shorten(label) for label in labels], fontsize=8)
     right.set_yticks(positions, [""] * len(rows))
     left.set_title(f"Table {table['number']}: {name}, the paper", fontsize=9)

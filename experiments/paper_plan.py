@@ -1,13 +1,4 @@
-"""Plan the commands for the paper's tables: encode, train, sample and evaluate.
-
-Two scales exist. `imagenet` uses the settings of the paper. `demo` runs the same stages on the
-bundled images in minutes, with these rules:
-
-- Every model is replaced by SiT-Ti/2, and an aligned block keeps its relative depth.
-- The numbers of steps are replaced by those in `DEMO_STEPS`, at most 100.
-- REPA uses a small encoder, whose weights come with a Python package.
-- 250 samples are drawn with 10 steps, and compared in the features of the bundled classifier.
-"""
+"""Plan the commands for the paper's tables: encode, train, sample and evaluate."""
 
 import math
 import re
@@ -16,96 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from experiments.cells import Cell
-from experiments.paper_tables import (
-    BATCH_SIZE,
-    COST_MODEL,
-    DEFAULT_GUIDANCE,
-    FID,
-    IMAGES_PER_EPOCH,
-    NUM_SAMPLES,
-    NUM_STEPS,
-    SCORE,
-    SD_VAES,
-    SFID,
-    Row,
-    Table,
-    TrainingRun,
-)
-from experiments.study_data import BUNDLED_IMAGES, BUNDLED_VAE, ENCODER_INPUT_SIZE, REPA_ENCODER
+from experiments.paper_scales import DEMO_MODEL, DEMO_STEPS, SCALES, Scale
+from experiments.paper_tables import DEFAULT_GUIDANCE, Row, Table, TrainingRun
+from experiments.study_data import ENCODER_INPUT_SIZE, REPA_ENCODER
 from experiments.tasks import Task
 from models.sit import PRESETS
-
-DEMO_MODEL = "SiT-Ti/2"
-DEMO_STEPS = {
-    100_000: 10,
-    200_000: 20,
-    400_000: 30,
-    1_000_000: 50,
-    4_000_000: 80,
-    7_000_000: 100,
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The data and the settings of a scale.
-
-    Attributes:
-        images: Images to encode.
-        encode_flags: Flags of preprocessing.encode_latents.
-        images_per_epoch: Number of training images.
-        batch_size: Global batch size.
-        train_flags: Further flags of train.py for all runs.
-        sample_flags: Flags of sample_ddp.py.
-        evaluate_flags: Flags of evaluations.evaluate.
-        reference: The reference of the metrics.
-        metrics: The metric in metrics.json that stands for each metric of the paper, or None.
-        fid_levels: FIDs for which the number of epochs is reported.
-        cost_flags: Flags of benchmarks.cost.
-    """
-
-    images: Path
-    encode_flags: str
-    images_per_epoch: int
-    batch_size: int
-    train_flags: str
-    sample_flags: str
-    evaluate_flags: str
-    reference: Path
-    metrics: dict[str, str | None]
-    fid_levels: tuple[float, ...]
-    cost_flags: str
-
-
-SCALES = {
-    "imagenet": Scale(
-        images=Path("data/imagenet/train"),
-        encode_flags=f"--resolution 256 --vae {SD_VAES[0]}",
-        images_per_epoch=IMAGES_PER_EPOCH,
-        batch_size=BATCH_SIZE,
-        train_flags="--checkpointing-steps 50000 --keep-last 2",
-        sample_flags=f"--num-fid-samples {NUM_SAMPLES} --mode sde --num-steps {NUM_STEPS}",
-        evaluate_flags="",
-        reference=Path("VIRTUAL_imagenet256_labeled.npz"),
-        metrics={FID: FID, SFID: SFID, SCORE: SCORE},
-        fid_levels=(30.0, 20.0, 10.0, 8.3),
-        cost_flags=f"--model {COST_MODEL} --batch-size {BATCH_SIZE} --precision bf16 --compile",
-    ),
-    "demo": Scale(
-        images=BUNDLED_IMAGES,
-        encode_flags=f"--resolution 32 --vae {BUNDLED_VAE}",
-        images_per_epoch=10_000,
-        batch_size=32,
-        train_flags="--checkpointing-steps 10 --keep-last 1 --learning-rate 1e-3 --ema-decay 0.9 "
-        "--sampling-steps 0 --num-workers 0 --log-every 10",
-        sample_flags="--num-fid-samples 250 --mode sde --num-steps 10 --per-proc-batch-size 50",
-        evaluate_flags="--features fashion",
-        reference=BUNDLED_IMAGES,
-        metrics={FID: "FD-fashion", SFID: None, SCORE: None},
-        fid_levels=(15.0, 10.0, 8.7),
-        cost_flags=f"--model {DEMO_MODEL} --latent-size 8 --batch-size 8 --rounds 5",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -146,12 +52,6 @@ class Evaluation:
     sample: Task
     evaluate: Task
     metrics_path: Path
-
-    def list_tasks(self, folder: Path) -> list[Task]:
-        """Return the tasks that have not finished. The samples may be deleted after evaluation."""
-        if self.evaluate.is_finished(folder):
-            return []
-        return [task for task in (self.sample, self.evaluate) if not task.is_finished(folder)]
 
 
 @dataclass(frozen=True)
@@ -196,7 +96,7 @@ class PaperPlan:
         return self.output_dir / "table-5.json"
 
     def scale_steps(self, steps: int) -> int:
-        """Return the number of steps that stands for a number of steps of the paper."""
+        """Convert a number of steps of the paper to the number of steps at this scale."""
         return DEMO_STEPS[steps] if self.is_demo else steps
 
     def scale_run(self, run: TrainingRun) -> list[str]:
@@ -271,6 +171,10 @@ class PaperPlan:
                         evaluations[key] = self.plan_evaluation(planned, step, table.is_guided)
         return evaluations
 
+    def find_evaluation(self, run: TrainingRun, row: Row, seed: int, is_guided: bool) -> Evaluation:
+        """Return the evaluation of a run at the checkpoint of a row."""
+        return self.evaluations[run.name, seed, self.scale_steps(row.steps), is_guided]
+
     def plan_evaluation(self, run: PlannedRun, step: int, is_guided: bool) -> Evaluation:
         """Return the evaluation of a checkpoint."""
         checkpoint = make_checkpoint_path(run.folder, step)
@@ -321,6 +225,29 @@ class PaperPlan:
         command += [*self.settings.cost_flags.split(), "--json", str(self.cost_path)]
         return [Task("cost", tuple(command), outputs=(self.cost_path,), is_distributed=False)]
 
+    @property
+    def stages(self) -> dict[str, list[Task]]:
+        """All tasks by stage, in an order in which they can be executed."""
+        return {
+            "encode": self.list_encode_tasks(),
+            "train": [planned.train for planned in self.runs],
+            "sample": [evaluation.sample for evaluation in self.evaluations.values()],
+            "evaluate": [evaluation.evaluate for evaluation in self.evaluations.values()],
+            "cost": self.list_cost_tasks(),
+        }
+
+    def check(self, gpus: int) -> None:
+        """Check the flags of all runs.
+
+        Args:
+            gpus: Number of GPUs of a run.
+
+        Raises:
+            UserError: If train.py would reject the flags of a run on this number of GPUs.
+        """
+        for planned in self.runs:
+            planned.cell.parse_settings(gpus)
+
     def print_commands(self, gpus: int) -> None:
         """Print all commands in an order in which they can be executed."""
         for task in self.list_encode_tasks():
@@ -330,14 +257,9 @@ class PaperPlan:
             print(f"# {task.name}\n{task.format_command(gpus)}")
 
     def print_run_commands(self, gpus: int) -> None:
-        """Print the commands that train, sample and evaluate.
-
-        Raises:
-            UserError: If train.py would reject the flags of a run on this number of GPUs.
-        """
+        """Print the commands that train, sample and evaluate."""
         for planned in self.runs:
             lines = [f"# {planned.run.name}, seed {planned.cell.seed}"]
-            planned.cell.parse_settings(gpus)
             tasks = [planned.train]
             for evaluation in self.evaluations.values():
                 if evaluation.run is planned:

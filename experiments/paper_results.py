@@ -1,22 +1,19 @@
-"""Collect what exists of the paper's tables: values, comparability, progress and GPU-hours."""
+"""Collect the values of the paper's tables that exist, and compare them with the paper's."""
 
 import math
-import shlex
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.cost import count_costs
-from benchmarks.run_steps import plan_run
-from benchmarks.variants import StepConfig, make_plan, make_synthetic_manifest
+from benchmarks.variants import StepConfig, make_plan
 from common.cli import UserError
-from evaluations.runs import JsonObject, read_json, read_log
-from experiments.cells import Cell, open_cache
-from experiments.paper_plan import Evaluation, PaperPlan, PlannedRun
+from evaluations.runs import JsonObject, read_json
+from experiments.paper_plan import PaperPlan, PlannedRun
+from experiments.paper_progress import measure_progress, read_run_log, summarize_runs
 from experiments.paper_tables import (
     BATCH_SIZE,
     COST_MODEL,
@@ -36,12 +33,8 @@ from experiments.paper_tables import (
     Table,
     TrainingRun,
 )
-from experiments.results import compute_t_interval, round_float
+from experiments.results import compute_t_interval
 from experiments.speedup import count_images_needed
-from experiments.tasks import make_portable
-from training.throughput import training_flops
-
-NUM_RATES = 20  # log lines from which the speed of a run is measured
 
 
 def gather_tables(plan: PaperPlan, gpus: int, fid_levels: list[float]) -> JsonObject:
@@ -117,24 +110,11 @@ def collect_results(plan: PaperPlan, row: Row, is_guided: bool) -> Results:
         return {}
     results = {}
     for seed in plan.seeds:
-        contents = [
-            read_metrics(find_evaluation(plan, run, row, seed, is_guided)) for run in row.runs
-        ]
+        evaluations = [plan.find_evaluation(run, row, seed, is_guided) for run in row.runs]
+        contents = [read_json(evaluation.metrics_path) for evaluation in evaluations]
         if all(contents):
             results[seed] = contents
     return results
-
-
-def find_evaluation(
-    plan: PaperPlan, run: TrainingRun, row: Row, seed: int, is_guided: bool
-) -> Evaluation:
-    """Return the evaluation of a run at the checkpoint of a row."""
-    return plan.evaluations[run.name, seed, plan.scale_steps(row.steps), is_guided]
-
-
-def read_metrics(evaluation: Evaluation) -> JsonObject:
-    """Return the content of the metrics.json of an evaluation, or {} if it does not exist."""
-    return read_json(evaluation.metrics_path)
 
 
 def measure_row(results: Results, key: str | None) -> JsonObject:
@@ -170,15 +150,15 @@ def list_deviations(
 
     Without results, the list is empty, because nothing has been measured.
     """
+    if not results:
+        return []
     key = plan.settings.metrics[metric]
-    if results and key is None:
+    if key is None:
         return [f"{metric} is not measured at this scale"]
     deviations: dict[str, None] = {}  # an ordered set
     for contents in results.values():
         for run, content in zip(row.runs, contents):
             deviations |= dict.fromkeys(compare_with_protocol(content, table, run, row))
-    if not results:
-        return []
     if key != metric:
         deviations[f"{key} instead of {metric}"] = None
     if plan.train_flags:
@@ -209,14 +189,11 @@ def compare_with_protocol(
     yield from differs("labels", sampling.get("labels"), "random")
     if table.is_guided:
         guidance = [sampling.get(f) for f in ("cfg_scale", "guidance_low", "guidance_high")]
-        if None in PAPER_GUIDANCE:
-            scale, low, high = map(format_setting, guidance)
-            yield (
-                f"guidance scale and interval of the paper not known (here {scale} from {low} to "
-                f"{high})"
-            )
-        else:
-            yield from differs("guidance", guidance, list(PAPER_GUIDANCE))
+        scale, low, high = map(format_setting, guidance)
+        yield (
+            f"guidance scale and interval of the paper not known (here {scale} from {low} to "
+            f"{high})"
+        )
     else:
         yield from differs("guidance scale", sampling.get("cfg_scale"), 1.0)
     if sampling.get("vae") not in SD_VAES:
@@ -241,102 +218,6 @@ def format_path(value: str | None) -> str:
     return "/".join(value.split("/")[-2:]) if value else "unknown"
 
 
-def measure_progress(plan: PaperPlan, row: Row, is_guided: bool) -> float:
-    """Return the finished fraction of a row. Training counts 90%, and the evaluation 10%."""
-    parts = []
-    steps = plan.scale_steps(row.steps)
-    for seed in plan.seeds:
-        for run in row.runs:
-            evaluation = find_evaluation(plan, run, row, seed, is_guided)
-            if evaluation.metrics_path.exists():
-                parts.append(1.0)
-            else:
-                parts.append(0.9 * min(1.0, count_steps(evaluation.run) / steps))
-    return round(fmean(parts), 4)
-
-
-def count_steps(run: PlannedRun) -> int:
-    """Return the number of steps that a run has logged or saved."""
-    saved = [step for step in run.steps if (run.folder / f"checkpoints/{step:07d}").exists()]
-    logged = [row["step"] for row in read_training_rows(run)]
-    return max([0, *saved, *logged[-1:]])
-
-
-def read_training_rows(run: PlannedRun) -> list[JsonObject]:
-    """Return the training lines of the log of a run, or [] if there are none."""
-    try:
-        return read_log(run.folder)[0]
-    except UserError:
-        return []
-
-
-def summarize_runs(plan: PaperPlan, gpus: int) -> list[JsonObject]:
-    """Return the progress of each run, and the GPU-hours that its training still needs.
-
-    The hours follow from the measured images per second of the run. The speed of a run that has not
-    logged any is estimated from the FLOP/s of the runs with the same model, or of all runs.
-    """
-    rates = {planned: measure_rate(planned) for planned in plan.runs}
-    measured = {planned: rate for planned, rate in rates.items() if rate}
-    runs: list[JsonObject] = []
-    for planned in plan.runs:
-        steps_done = count_steps(planned)
-        images = max(0, planned.steps[-1] - steps_done) * plan.settings.batch_size
-        rate, origin = rates[planned], "log"
-        if images and not rate:
-            rate, origin = estimate_rate(plan, planned, measured)
-        hours = 0.0 if not images else None
-        if images and rate:
-            hours = images / rate / 3600 * gpus
-        runs.append(
-            {
-                "run": planned.run.name,
-                "seed": planned.cell.seed,
-                "model": planned.run.model,
-                "command": shlex.join(make_portable(["python", *planned.train.command])),
-                "steps_done": steps_done,
-                "steps": planned.steps[-1],
-                "images_per_s": round_float(rate) if rate else None,
-                "rate_from": origin,
-                "remaining_gpu_hours": round_float(hours),
-            }
-        )
-    return runs
-
-
-def measure_rate(run: PlannedRun) -> float | None:
-    """Return the images per second in the last lines of a run's log, or None without lines."""
-    rates = [row["images_per_s"] for row in read_training_rows(run)[-NUM_RATES:]]
-    return median(rates) if rates else None
-
-
-def estimate_rate(
-    plan: PaperPlan, run: PlannedRun, measured: dict[PlannedRun, float]
-) -> tuple[float | None, str]:
-    """Return the images per second of a run from the FLOP/s of other runs, and the kind of runs."""
-    same_model = [other for other in measured if other.run.model == run.run.model]
-    others = same_model or [*measured]
-    if not others:
-        return None, "no run"
-    speed = median(measured[other] * count_flops(plan, other) for other in others)
-    return speed / count_flops(plan, run), "the same model" if same_model else "other models"
-
-
-def count_flops(plan: PaperPlan, run: PlannedRun) -> int:
-    """Return the FLOPs of the training step of a run per image."""
-    return _count_flops(run.cell, plan.data_dir, 8 if plan.is_demo else 32)
-
-
-@cache
-def _count_flops(cell: Cell, data_dir: Path, latent_size: int) -> int:
-    try:
-        manifest = open_cache(data_dir).manifest
-    except UserError:  # the cache is on another machine, or does not exist yet
-        manifest = make_synthetic_manifest(latent_size)
-    planned = plan_run(cell.parse_settings(), manifest)
-    return training_flops(planned.network, planned.align, planned.cache)
-
-
 def gather_cost_rows(plan: PaperPlan) -> list[JsonObject]:
     """Return the rows of Table 5. Counts are exact; the speed is that of benchmarks.cost."""
     counts = count_costs(make_plan(StepConfig(model=COST_MODEL), ["sra2"]))
@@ -348,13 +229,14 @@ def gather_cost_rows(plan: PaperPlan) -> list[JsonObject]:
     }
     deviations = []
     if measured:
-        steps = {name: entry["step_s"]["median"] for name, entry in measured["results"].items()}
-        ours["relative_speed"] = steps["none"] / steps["sra2"]
+        ours["relative_speed"] = compute_relative_speed(plan.cost_path, measured)
         if measured["model"] != COST_MODEL:
             deviations.append(f"model {measured['model']} instead of {COST_MODEL}")
         if measured["batch_size"] != BATCH_SIZE:
             deviations.append(f"batch size {measured['batch_size']} instead of {BATCH_SIZE}")
-        deviations.append(f"{measured['machine']['device']} instead of an H100")
+        device = measured["machine"]["device"]
+        if "H100" not in device:
+            deviations.append(f"{device} instead of an H100")
     rows = []
     for row in COST_ROWS:
         row_deviations = deviations if row.quantity == "relative_speed" else []
@@ -373,6 +255,20 @@ def gather_cost_rows(plan: PaperPlan) -> list[JsonObject]:
             }
         )
     return rows
+
+
+def compute_relative_speed(path: Path, measured: JsonObject) -> float:
+    """Return the speed of SRA 2 relative to SiT from a result of benchmarks.cost.
+
+    Raises:
+        UserError: If the result contains no timings of both.
+    """
+    results = measured.get("results", {})
+    if not all("step_s" in results.get(name, {}) for name in ("none", "sra2")):
+        raise UserError(
+            f"{path} contains no timings of benchmarks.cost; delete the file, and rerun with --run"
+        )
+    return results["none"]["step_s"]["median"] / results["sra2"]["step_s"]["median"]
 
 
 def gather_epochs(plan: PaperPlan, levels: list[float]) -> list[JsonObject]:
@@ -416,18 +312,17 @@ def read_curve(plan: PaperPlan, run: PlannedRun, key: str) -> dict[int, float]:
     curve = {}
     count = None
     for evaluation in plan.evaluations.values():
-        content = read_metrics(evaluation) if evaluation.run is run else {}
+        if evaluation.run is not run or evaluation.is_guided:
+            continue
+        content = read_json(evaluation.metrics_path)
         images_seen = (content.get("sampling") or {}).get("images_seen")
-        if images_seen and not evaluation.is_guided and content["metrics"].get(key) is not None:
+        if images_seen and content["metrics"].get(key) is not None:
             count = content["count"]
             curve[images_seen] = content["metrics"][key]
-    try:
-        logged = read_log(run.folder)[1]
-    except UserError:
-        logged = []
+    _, logged = read_run_log(run)
     for row in logged:
-        evaluation_settings = row["evaluation"]
-        is_same = count in (None, evaluation_settings.get("samples"))
-        if is_same and evaluation_settings.get("cfg_scale") == 1 and row.get(key) is not None:
+        settings = row["evaluation"]
+        is_same = count in (None, settings.get("samples")) and settings.get("cfg_scale") == 1
+        if is_same and row.get(key) is not None:
             curve.setdefault(row["images"], row[key])
     return curve

@@ -79,21 +79,15 @@ def write_slurm_scripts(plan: PaperPlan, folder: Path, gpus: int) -> None:
         folder: Folder of the scripts and of their output.
         gpus: Number of GPUs of a job, on one node.
     """
-    evaluations = [*plan.evaluations.values()]
-    stages = {
-        "encode": plan.list_encode_tasks(),
-        "train": [planned.train for planned in plan.runs],
-        "sample": [evaluation.sample for evaluation in evaluations],
-        "evaluate": [evaluation.evaluate for evaluation in evaluations],
-        "cost": plan.list_cost_tasks(),
-    }
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for stage, tasks in stages.items():
+    for stage, tasks in plan.stages.items():
+        path = folder / f"{stage}.sh"
         if tasks:
             stage_gpus = 1 if stage == "cost" else gpus
-            text = format_script(stage, tasks, folder / "logs", stage_gpus)
-            write_script(folder / f"{stage}.sh", text)
-    write_script(folder / "submit.sh", format_submit_script(plan, stages, folder))
+            write_script(path, format_script(stage, tasks, folder / "logs", stage_gpus))
+        else:  # the folder may contain the script of an earlier call
+            path.unlink(missing_ok=True)
+    write_script(folder / "submit.sh", format_submit_script(plan, folder))
 
 
 def write_script(path: Path, text: str) -> None:
@@ -121,8 +115,9 @@ def format_script(stage: str, tasks: list[Task], logs: Path, gpus: int) -> str:
     return "".join([*lines, FOOTER])
 
 
-def format_submit_script(plan: PaperPlan, stages: dict[str, list[Task]], folder: Path) -> str:
+def format_submit_script(plan: PaperPlan, folder: Path) -> str:
     """Return the script that submits the unfinished commands with their dependencies."""
+    stages = plan.stages
 
     def list_pending(stage: str) -> list[int]:
         tasks = stages[stage]

@@ -5,9 +5,9 @@ not known is None. A row without a run is only quoted: this repository does not 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from experiments.ablation_grid import PAPER_AXES, PAPER_VANILLA_FID, build_grid
+from experiments.ablation_grid import BASELINE, PAPER_AXES, PAPER_VANILLA_FID, build_grid
 
 SOURCE = "arXiv:2601.17830"
 BATCH_SIZE = 256
@@ -86,7 +86,7 @@ class Table:
 
     number: int
     title: str
-    rows: tuple[Row, ...] = field(default=())
+    rows: tuple[Row, ...] = ()
     is_guided: bool = False
 
 
@@ -101,29 +101,24 @@ def list_table_1(
     """Return the ablations. A run that several axes share occurs once."""
     flags, panels = build_grid([*axes], model, steps, demo=False)
     runs = {name: TrainingRun(name_run(model, name), model, flags[name]) for name in flags}
-    rows = [Row("vanilla SiT", {FID: PAPER_VANILLA_FID}, runs["none"], steps)]
-    has_best_row = False
-    for panel in panels:
-        for value in panel["values"]:
-            if value["usual"] and has_best_row:
-                continue
-            label = f"{panel['title']}: {value['label']}"
+    values = [(panel["title"], value) for panel in panels for value in panel["values"]]
+    best_values = [(title, value) for title, value in values if value["usual"]]
+    _, best = best_values[0]
+    note = ", ".join(f"{title} {value['label']}" for title, value in best_values)
+    rows = [
+        Row("vanilla SiT", {FID: PAPER_VANILLA_FID}, runs[BASELINE], steps),
+        Row("best values", {FID: best["paper"]}, runs[best["run"]], steps, note=note),
+    ]
+    for title, value in values:
+        if not value["usual"]:
             numbers = {FID: value["paper"]}
             note = ""
-            if value["usual"]:
-                has_best_row = True
-                label = "best values"
-                note = ", ".join(
-                    f"{axis['title']} {best['label']}"
-                    for axis in panels
-                    for best in axis["values"]
-                    if best["usual"]
-                )
-            elif value["run"] == "depth-3":
+            if value["run"] == "depth-3":
                 numbers[SFID] = 6.07
                 note = "the FID is not known; the sFID is the lowest of all blocks"
             elif value["run"] == "t-range-0.5-1":
                 note = "the FID is not known; it is higher than that of [0, 1]"
+            label = f"{title}: {value['label']}"
             rows.append(Row(label, numbers, runs[value["run"]], steps, note=note))
     return Table(1, f"Ablations, {model}, no guidance", tuple(rows))
 

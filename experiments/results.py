@@ -16,13 +16,7 @@ from common.cli import UserError
 from common.files import write_file
 from common.logs import get_logger
 from evaluations.runs import read_json, read_log
-from experiments.cells import (
-    Cell,
-    describe_changes,
-    is_finished,
-    normalize_flags,
-    read_record,
-)
+from experiments.cells import Cell, describe_changes, is_finished, normalize_flags, read_record
 from experiments.tasks import make_portable
 
 logger = get_logger(__name__)
@@ -62,10 +56,11 @@ def find_recorded_runs(cells: list[Cell], path: Path, study: str) -> dict[Cell, 
         if entry is None:
             continue
         flags = make_portable(cell.flags)
-        if normalize_flags(entry["flags"]) == normalize_flags(flags):
+        recorded_flags = entry.get("flags", [])
+        if normalize_flags(recorded_flags) == normalize_flags(flags):
             recorded[cell] = entry
         else:
-            changes = f" ({cell.run_name}: {describe_changes(entry['flags'], flags)})"
+            changes = f" ({cell.run_name}: {describe_changes(recorded_flags, flags)})"
     if not recorded:
         raise UserError(
             f"--reuse {path} contains no finished run with the name, seed and flags of a run of "
@@ -188,6 +183,10 @@ def load_result(path: Path, study: str) -> dict:
         raise UserError(
             f"{path} has version {result.get('version')}, but this code reads version "
             f"{RESULT_VERSION}; rerun the study"
+        )
+    if not all({"name", "seed"} <= {*run} for run in result.get("runs", [{}])):
+        raise UserError(
+            f"{path} is damaged: the runs, or their names or seeds, are missing; pass another file"
         )
     return result
 

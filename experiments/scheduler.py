@@ -113,6 +113,11 @@ class TaskProcess:
         record = self.record | {"seconds": seconds, "finished": finished}
         write_file(self.task.record_path(self.folder), json.dumps(record).encode())
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, if it still exists, and to its children."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, number)
+
     def close(self) -> str | None:
         """Record the outcome of an exited process, and return its error message or None."""
         code = self.popen.returncode
@@ -222,10 +227,9 @@ class Scheduler:
         self.send_signal(signal.SIGTERM)
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to all processes that still exist, and to their children."""
+        """Send a signal to all processes."""
         for process in self.running_processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.popen.pid, number)
+            process.send_signal(number)
 
     def close_processes(self) -> bool:
         """Free the slots of exited processes, and return whether any process has exited."""

@@ -152,7 +152,8 @@ def prepare_data(
     tasks = list_data_tasks(train, held_out, folder, encoder_weights)
     logger.info("preparing %s; the messages of the commands are in its .log files", folder)
     errors = run_tasks(tasks, folder, jobs=1)
-    for name, error in errors.items():
+    if errors:
+        name, error = next(iter(errors.items()))
         raise UserError(
             f"could not prepare the data: {name}: {error}; fix the problem and rerun the same "
             "command"

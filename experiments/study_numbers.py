@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
+from experiments.formatting import format_bounds
 from experiments.results import Estimate, compute_t_interval, group_runs
 from experiments.speedup import (
-    Bounds,
     SpeedUp,
     compute_bootstrap_interval,
     compute_detectable_difference,
@@ -145,20 +145,6 @@ def find_best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
     blocks = [block for block in accuracies[0] if all(block in entry for entry in accuracies)]
     means = [float(np.mean([entry[block] for entry in accuracies])) for block in blocks]
     return max(zip(blocks, means), key=lambda item: item[1])
-
-
-def format_bounds(bounds: Bounds, divisor: float) -> str:
-    """Format a quotient as "1.12" if it is known, otherwise as "> 1.12", "< 1.12" or "unknown"."""
-    low = bounds.low / divisor
-    high = bounds.high / divisor
-    if low == high:
-        return f"{low:.2f}"
-    parts = []
-    if low > 0:
-        parts.append(f"> {low:.2f}")
-    if high < math.inf:
-        parts.append(f"< {high:.2f}")
-    return " and ".join(parts) or "unknown"
 
 
 def format_speed_up(speed_up: SpeedUp, cost: float = 1.0) -> str:

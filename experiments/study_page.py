@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.formatting import abbreviate, format_markdown_table
 from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.results import compute_t_interval
 from experiments.speedup import (
@@ -140,8 +141,7 @@ def make_table(
     for name, label in labels.items():
         rows.append([label, *(numbers.get(f"{name} {quantity}", "") for quantity in columns)])
     used_columns = [column for column in zip(*rows) if any(column[1:])]
-    header, *body = (f"| {' | '.join(row)} |" for row in zip(*used_columns))
-    return [header, "|" + "---|" * len(used_columns), *body, ""]
+    return [*format_markdown_table([*zip(*used_columns)]), ""]
 
 
 def explain_tables(result: dict) -> list[str]:
@@ -207,15 +207,6 @@ def explain_tables(result: dict) -> list[str]:
         "- The probe accuracy is averaged over the seeds for which every probed method has a "
         "finished run.",
     ]
-
-
-def abbreviate(count: float) -> str:
-    """Format a number with a suffix, such as 384000 as "384K"."""
-    if count >= 1e6:
-        return f"{count / 1e6:.3g}M"
-    if count >= 1e3:
-        return f"{count / 1e3:.3g}K"
-    return f"{count:g}"
 
 
 def draw_figure(result: dict, path: Path) -> None:

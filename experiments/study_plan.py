@@ -217,14 +217,9 @@ class StudyPlan:
         save_every = self.steps if scale.saves_once else eval_every
         flags = ["--data-dir", self.train_cache, "--eval-latents", self.held_out_cache]
         flags += ["--model", self.model, "--max-train-steps", self.steps]
-        flags += [
-            "--eval-every",
-            eval_every,
-            "--checkpointing-steps",
-            save_every,
-            *scale.flags.split(),
-        ]
-        flags += ["--log-every", min(self.steps, scale.log_every), *self.train_flags]
+        flags += ["--eval-every", eval_every, "--checkpointing-steps", save_every]
+        flags += [*scale.flags.split(), "--log-every", min(self.steps, scale.log_every)]
+        flags += self.train_flags
         return [str(flag) for flag in flags]
 
     def make_method_flags(self, name: str, blocks: dict[str, int]) -> list[str]:

@@ -43,7 +43,8 @@ def test_free_slots_take_the_first_run_that_may_start():
 
 def test_frozen_network_and_the_runs_that_wait_for_it_are_planned():
     plan = make_plan("vanilla", "selftrans", num_seeds=1)
-    # The first stage is trained like SRA 2, beside vanilla SiT; the other run follows it.
+    # The first stage costs as much as a run of SRA 2, and runs at the same time as vanilla SiT.
+    # The run of Self-Transcendence starts when the first stage has ended.
     seconds = (14 + 120) + (14 + 180) + 2 * 0.5
     assert budget.estimate_seconds(plan, COSTS) == pytest.approx(seconds)
     finished = {plan.first_stage.name, "vanilla-seed10"}

@@ -462,6 +462,18 @@ def test_runs_of_an_earlier_result_are_not_repeated(call, study, tmp_path, monke
     code, out = call(convergence, *words, "--seeds", 2, "--", "--learning-rate", "5e-3")
     assert code == 2 and "--learning-rate was 3e-3 and is now 5e-3" in out
 
+    # A damaged result is an error.
+    run = earlier["runs"][0]
+    head = {"study": "convergence", "version": results.RESULT_VERSION}
+    for content in ({}, {"runs": [{"name": "vanilla"}]}):
+        reused.write_text(json.dumps(head | content))
+        code, out = call(convergence, *words, "--print")
+        assert code == 2 and "earlier.json is damaged: the runs, or their names" in out
+    del run["flags"]
+    reused.write_text(json.dumps(head | {"runs": [run]}))
+    code, out = call(convergence, *words, "--print")
+    assert code == 2 and "earlier.json contains no finished run with the name" in out
+
 
 def test_runs_wait_for_their_frozen_network(call, study, monkeypatch):
     monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)

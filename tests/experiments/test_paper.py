@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,10 +18,12 @@ from accelerate.state import AcceleratorState
 import sample_ddp
 from common.cli import UserError
 from evaluations import evaluate
-from experiments import engine, paper, paper_plan, paper_tables, results, scheduler
+from experiments import engine, paper, paper_tables, results, scheduler
 from experiments.paper_page import draw_figure, format_tables
-from experiments.paper_plan import DEMO_STEPS, SCALES, PaperPlan
+from experiments.paper_plan import PaperPlan
 from experiments.paper_results import gather_tables
+from experiments.paper_scales import DEMO_STEPS, SCALES
+from experiments.paper_slurm import PURPOSES
 from experiments.paper_tables import FID, REFERENCE_SHA256, SCORE, TABLES, Row, Table
 from experiments.tasks import Task
 from models.sit import PRESETS
@@ -229,6 +232,7 @@ def test_values_have_the_interval_that_their_runs_allow(tmp_path):
         ({"reference_sha256": "0"}, "reference x/VIRTUAL_imagenet256_labeled.npz instead of ADM's"),
         ({"features": {"fashion": "0"}}, "features fashion instead of inception"),
         ({"model": "SiT-S/2"}, "model SiT-S/2 instead of SiT-B/2"),
+        ({"step": 8}, "steps 8 instead of 400,000"),
         ({"images_seen": 8}, "images seen 8 instead of 102,400,000"),
         ({"ema_decay": 0.9}, "EMA decay 0.9 instead of 0.9999"),
     ],
@@ -237,6 +241,14 @@ def test_each_deviation_from_the_protocol_is_named(tmp_path, changes, deviation)
     plan = make_plan(tmp_path, TABLES[2])
     write_metrics(plan, ("b2-none", 0, 400_000, False), 32.0, **changes)
     assert get_row(gather_tables(plan, 8, [10.0]), 2, "SiT-B/2")["deviations"] == [deviation]
+
+
+def test_additional_flags_of_the_runs_are_a_deviation(tmp_path):
+    plan = make_plan(tmp_path, TABLES[2], train_flags=("--batch-size", "128"))
+    write_metrics(plan, ("b2-none", 0, 400_000, False), 32.0)
+    row = get_row(gather_tables(plan, 8, [10.0]), 2, "SiT-B/2")
+    assert row["deviations"] == ["flags of train.py: --batch-size 128"]
+    assert get_row(gather_tables(plan, 8, [10.0]), 2, "SiT-L/2")["deviations"] == []
 
 
 def test_guidance_and_differences_from_another_run(tmp_path):
@@ -286,6 +298,9 @@ def test_epochs_and_gpu_hours_follow_from_the_log(tmp_path):
     expected = 400_000 * 256 / 1000 / 3600 * 4 * ratio
     assert other["remaining_gpu_hours"] == pytest.approx(expected, rel=1e-5)
     assert by_name["xl2-none"]["rate_from"] == "other models"
+    # Training counts 90% of the progress.
+    progress = get_row(result, 2, "SiT-B/2 + SRA 2")["progress"]
+    assert progress == pytest.approx(0.9 * 15_000 / 400_000, abs=1e-4)
     total = math.fsum(run["remaining_gpu_hours"] for run in result["progress"])
     assert result["remaining_gpu_hours"] == pytest.approx(total)
 
@@ -294,6 +309,44 @@ def test_epochs_and_gpu_hours_follow_from_the_log(tmp_path):
     result = gather_tables(plan, 4, [60.0])
     (run,) = (run for run in result["progress"] if run["run"] == "b2-none")
     assert run["remaining_gpu_hours"] == 0
+    assert get_row(result, 2, "SiT-B/2")["progress"] == 0.9
+
+
+def test_saved_checkpoints_are_progress(tmp_path):
+    """The log may be missing, for example because only the checkpoints were copied."""
+    plan = make_plan(tmp_path, TABLES[2])
+    (tmp_path / "xl2-repa-seed0/checkpoints/0200000").mkdir(parents=True)
+    result = gather_tables(plan, 4, [60.0])
+    (run,) = (run for run in result["progress"] if run["run"] == "xl2-repa")
+    assert run["steps_done"] == 200_000
+    assert run["remaining_gpu_hours"] is result["remaining_gpu_hours"] is None  # no known speed
+
+
+def test_epochs_are_computed_from_comparable_values(tmp_path):
+    """Guided samples and evaluations with other numbers of samples are ignored."""
+    plan = make_plan(tmp_path, TABLES[2], TABLES[3], seeds=(0, 1))
+    write_metrics(plan, ("xl2-sra2", 0, 1_000_000, False), 10.0)
+    write_metrics(plan, ("xl2-sra2", 0, 4_000_000, True), 1.5)
+    protocol = {"samples": 50_000, "cfg_scale": 1.0}
+    rows: list[dict] = [{"step": 1, "images": 256, "images_per_s": 9.0}]
+    for epochs, fid, changes in (
+        (100, 20.0, {}),
+        (120, 1.0, {"samples": 5000}),
+        (140, 1.0, {"cfg_scale": 1.5}),
+        (160, 12.0, {}),
+    ):
+        images = epochs * 1_281_167
+        rows.append({"step": 1, "images": images, "FID": fid, "evaluation": protocol | changes})
+    rows.append({"step": 1, "images": 256_000_000, "FID": 99.0, "evaluation": protocol})
+    write_log(plan, "xl2-sra2", rows)
+    (entry,) = gather_tables(plan, 8, [15.0])["epochs_to_fid"]
+    assert entry["epochs"] == pytest.approx([100, 160, 256_000_000 / 1_281_167])
+    assert entry["values"] == [20.0, 12.0, 10.0]
+
+    # Seeds are averaged at the points that all of them have.
+    write_metrics(plan, ("xl2-sra2", 1, 1_000_000, False), 11.0)
+    (entry,) = gather_tables(plan, 8, [15.0])["epochs_to_fid"]
+    assert entry["epochs"] == [256_000_000 / 1_281_167] and entry["values"] == [10.5]
 
 
 def test_costs_are_counted_and_compared(tmp_path):
@@ -318,6 +371,18 @@ def test_costs_are_counted_and_compared(tmp_path):
         "a laptop instead of an H100",
     ]
     assert result["remaining_gpu_hours"] == 0  # Table 5 needs no training
+
+    # With the protocol of the paper, the difference is computed.
+    cost |= {"model": "SiT-XL/2", "machine": {"device": "NVIDIA H100 80GB HBM3"}}
+    plan.cost_path.write_text(json.dumps(cost))
+    rows = {r["quantity"]: r for r in gather_tables(plan, 8, [1.0])["tables"][0]["rows"]}
+    assert rows["relative_speed"]["deviations"] == []
+    assert rows["relative_speed"]["difference"] == pytest.approx(0.9 - 7.2 / 8.1)
+
+    for damaged in ({"model": "SiT-XL/2"}, cost | {"results": {"none": {}, "sra2": {}}}):
+        plan.cost_path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"table-5.json contains no timings .* delete the file"):
+            gather_tables(plan, 8, [1.0])
 
 
 def test_report_shows_the_existing_values_and_is_regenerated(call, tmp_path):
@@ -348,6 +413,37 @@ def test_report_shows_the_existing_values_and_is_regenerated(call, tmp_path):
     assert (tmp_path / "paper.png").read_bytes() == figure
 
 
+def test_report_states_what_is_estimated_or_not_known(tmp_path):
+    plan = make_plan(tmp_path, TABLES[2], seeds=(0, 1))
+    for seed, fid in ((0, 32.0), (1, 34.0)):
+        write_metrics(plan, ("b2-none", seed, 400_000, False), fid)
+
+    def format_page() -> list[str]:
+        settings = gather_tables(plan, 8, [40.0, 30.0])
+        results.save_result(tmp_path / "paper.json", "paper", settings, [])
+        result = results.load_result(tmp_path / "paper.json", "paper")
+        return format_tables(result).splitlines()
+
+    lines = format_page()
+    assert any("| 33.00 | 20.29 to 45.71 (2 seeds) |" in line for line in lines)
+    assert "| b2-none | 1 | < 79.93 | > 79.93 |" in lines
+    assert "| b2-none | 0 | 0 of 400,000 | not measured | not known |" in lines
+    assert any("needs **an unknown number of GPU-hours**" in line for line in lines)
+    write_log(plan, "b2-none", [{"step": 400_000, "images": 1, "images_per_s": 1000.0}])
+    lines = format_page()
+    assert "| b2-none | 0 | 400,000 of 400,000 | 1000 | 0 |" in lines
+    pattern = r"\| b2-none \| 1 \| 0 of 400,000 \| 1000 \(estimated from the same model\) \| 228 \|"
+    assert any(re.fullmatch(pattern, line) for line in lines)
+
+
+def test_flags_replace_the_defaults_of_the_scale(call):
+    flags = "--images a --reference b.npz --cfg-scale 2.5 --guidance-low 0.1 --guidance-high 0.6"
+    code, out = call(paper, "--print", "--tables", 3, *flags.split())
+    assert code == 0
+    assert "--source a " in out and "--reference b.npz" in out and "VIRTUAL" not in out
+    assert out.count("--cfg-scale 2.5 --guidance-low 0.1 --guidance-high 0.6") == 5
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -356,6 +452,9 @@ def test_report_shows_the_existing_values_and_is_regenerated(call, tmp_path):
         ("--print --cfg-scale 0.5", "--cfg-scale must be at least 1"),
         ("--print --gpus 7", "--batch-size 256 (global) is not a multiple of 7"),
         ("--print -- --align none", "-- --align: this flag is set by the study"),
+        ("--print -- --projector-layers 2", "-- --projector-layers: this flag is set by"),
+        ("--print -- --repa-encoder x", "-- --repa-encoder: this flag is set by the study"),
+        ("--print -- --milestone-steps 9", "-- --milestone-steps: this flag is set by the study"),
         ("--gather --out x.txt", "--out x.txt must end in .json"),
     ],
 )
@@ -363,6 +462,26 @@ def test_user_errors_are_one_line(call, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     code, out = call(paper, *flags.split())
     assert code == 2 and message in out and len(out.splitlines()) == 1, out
+
+
+def test_runs_need_as_many_gpus_as_are_requested(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "list_visible_gpus", lambda: ["2", "3"])
+    monkeypatch.setattr(paper, "run_tasks", lambda tasks, folder, jobs, gpus: {})
+    flags = ["--run", "--tables", 5, "--output-dir", tmp_path]
+    code, out = call(paper, *flags)
+    assert code == 2 and "--gpus 8 is more than the 2 visible GPUs; pass --gpus 2" in out
+    assert call(paper, *flags, "--gpus", 2)[0] == 0
+    assert call(paper, "--print", "--tables", 5)[0] == 0  # the commands may run elsewhere
+    assert paper.parse(["--run", "--gpus", "1"])[0].jobs == 2
+    assert paper.parse(["--run", "--gpus", "2"])[0].jobs == 1
+
+
+def test_failed_tasks_are_counted_among_all_tasks(call, tmp_path, monkeypatch):
+    """One cache, one encoder, 19 runs, 28 samples, 28 evaluations and one benchmark."""
+    monkeypatch.setattr(paper, "run_tasks", lambda *_: {"encode": "no luck", "encoder": "no luck"})
+    monkeypatch.setattr(paper, "run_in_this_process", lambda *_: {"sample-b2-none": "no luck"})
+    code, out = call(paper, "--scale", "demo", "--run", "--output-dir", tmp_path)
+    assert code == 2 and "3 of 78 tasks failed (encode, encoder, sample-b2-none); rerun" in out
 
 
 # Tasks.
@@ -391,6 +510,28 @@ def test_tasks_start_when_their_inputs_exist(tmp_path, monkeypatch):
     assert (a.read_text(), b.read_text()) == ("1", "2")
     records = [task.read_record(tmp_path)["finished"] for task in (tasks[3], tasks[0], tasks[2])]
     assert records == [True, True, False]
+
+
+def test_failed_task_in_this_process_does_not_affect_the_others(tmp_path, monkeypatch):
+    called = []
+
+    def fake_call(command):
+        called.append(command[0])
+        if command[0] == "failing":
+            raise UserError("no luck")
+
+    monkeypatch.setattr(engine, "call_command", fake_call)
+    missing = tmp_path / "missing"
+    (tmp_path / "done").touch()
+    tasks = [
+        Task("failing", ("failing",), outputs=(missing,)),
+        Task("blocked", ("blocked",), inputs=(missing,)),
+        Task("finished", ("finished",), outputs=(tmp_path / "done",)),
+        Task("last", ("last",), outputs=(missing,)),
+    ]
+    errors = engine.run_in_this_process(tasks, tmp_path)
+    assert errors == {"failing": "no luck", "blocked": f"needs {missing}, which does not exist"}
+    assert called == ["failing", "last"]
 
 
 def test_commands_on_several_gpus_use_a_launcher(monkeypatch):
@@ -536,6 +677,14 @@ def test_slurm_scripts_run_only_in_the_folder_of_train(call, tmp_path):
     assert done.returncode == 2 and "run this script from the folder of train.py" in done.stderr
 
 
+def test_slurm_scripts_of_an_earlier_call_are_removed(call, tmp_path):
+    for tables, stages in (([3, 5], {*PURPOSES}), ([5], {"cost"})):
+        flags = ["--tables", *tables, "--output-dir", tmp_path / "runs"]
+        assert call(paper, "--slurm", tmp_path / "jobs", *flags)[0] == 0
+        names = {path.stem for path in (tmp_path / "jobs").glob("*.sh")}
+        assert names == {*stages, "submit"}
+
+
 class InProcess:
     """Stands in for subprocess.Popen: runs train.py in this process."""
 
@@ -563,9 +712,7 @@ def test_demo_runs_all_stages_and_resumes(call, cache, tree, tmp_path, monkeypat
     monkeypatch.setitem(DEMO_STEPS, 100_000, 2)
     demo = SCALES["demo"]
     small = demo.sample_flags.replace("250", "9").replace("50", "9").replace("10", "2")
-    monkeypatch.setitem(
-        paper_plan.SCALES, "demo", demo.__class__(**vars(demo) | {"sample_flags": small})
-    )
+    monkeypatch.setitem(SCALES, "demo", replace(demo, sample_flags=small))
     monkeypatch.setattr(scheduler.subprocess, "Popen", InProcess)
     monkeypatch.setattr(scheduler, "get_current_commit", lambda: None)
     monkeypatch.setattr(scheduler, "POLL_SECONDS", 0)
@@ -618,7 +765,7 @@ def test_figure_of_a_demo_is_stamped(tmp_path, monkeypatch):
     assert ["NO EVIDENCE" in text for text in texts] == [False, True]
 
 
-def test_unknown_tables_of_another_command_are_rejected(tmp_path):
+def test_result_of_another_command_is_rejected(tmp_path):
     results.save_result(tmp_path / "x.json", "ablate", {}, [])
     with pytest.raises(UserError, match=r"is not a result of experiments\.paper"):
         paper.write_paper_report(tmp_path / "x.json")
