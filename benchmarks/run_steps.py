@@ -153,16 +153,7 @@ def build_plan_state(
     plan: Plan, device: torch.device, sharding: Sharding | None = None
 ) -> TrainState:
     """Build the state of a run. Its weights are newly initialized, or undefined if sharded."""
-    settings = plan.settings
-    return build_state(
-        plan.network,
-        plan.align,
-        settings.optimizer,
-        settings.device,
-        settings.run.seed,
-        device,
-        sharding,
-    )
+    return build_state(plan.network, plan.align, plan.settings, device, sharding)
 
 
 def build_trained_state(

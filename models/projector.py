@@ -2,8 +2,8 @@
 
 docs/method.md explains the widths of the heads. Shapes: B batch, N tokens, D width.
 
-This module imports nothing but torch, so that the file can be copied into other projects
-(docs/use-elsewhere.md).
+Besides the standard library, this module imports only torch, so that the file can be copied into
+other projects (docs/use-elsewhere.md).
 """
 
 import math

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpointing.pretrained import load, read_native_config, resolve_checkpoint
+from checkpointing.pretrained import load, resolve_checkpoint
 from checkpointing.storage import CheckpointError
 from latents.manifest import Manifest
 from models.errors import FieldError
@@ -37,9 +37,8 @@ def load_frozen_network(
     """
     try:
         path = resolve_checkpoint(path)
-        if path.suffix == ".pt":
+        if path.is_file() and path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is a file of another repository: pass a run of this one")
-        read_native_config(path)
         pretrained = load(path)
     except CheckpointError as error:
         raise FieldError("checkpoint", str(error)) from None

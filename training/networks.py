@@ -114,15 +114,7 @@ def build_networks(
     owner = None
     if accelerator.is_main_process:
         owner = resources.enter_context(lock_run(folder, position.checkpoints))
-    state = build_state(
-        network,
-        align,
-        settings.optimizer,
-        settings.device,
-        settings.run.seed,
-        accelerator.device,
-        sharding,
-    )
+    state = build_state(network, align, settings, accelerator.device, sharding)
     context = make_run_context(
         state.emas[0],
         settings.objective.path_type,

@@ -67,9 +67,9 @@ class Sharding:
         self.shard_index = mesh.get_local_rank("shard")
         self.is_first_replica = mesh.get_local_rank("replicate") == 0
         self.rank = dist.get_rank()
-        # Block parameters are used only in matrix products, for which autocast would convert them,
-        # except for those of QK normalization.
-        # The inputs of a block stay in float32, as without sharding.
+        # Without sharding, autocast converts the same parameters, because matrix products use them.
+        # Only those of QK normalization are converted here, but not by autocast. The inputs of a
+        # block stay in float32, as without sharding.
         self.block_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )

@@ -15,7 +15,7 @@ from checkpointing.tensor_file import StoredTensors, find_parts
 from models.aligned_sit import AlignedSiT
 from models.sit import SiT, SiTConfig
 from training.alignment import build_aligned_network
-from training.config import DeviceConfig, OptimizerConfig
+from training.config import Settings
 from training.coordination import wait_for_all
 from training.optimizer import build_optimizer
 from training.sharding import Rows, Sharding
@@ -122,9 +122,7 @@ def _open(checkpoint: Path, name: str) -> StoredTensors:
 def build_state(
     network: SiTConfig,
     align: list[dict],
-    optimizer: OptimizerConfig,
-    options: DeviceConfig,
-    seed: int,
+    settings: Settings,
     device: torch.device,
     sharding: Sharding | None = None,
 ) -> TrainState:
@@ -135,12 +133,13 @@ def build_state(
     Args:
         network: Architecture of the backbone.
         align: The "align" list of config.json, which describes the heads.
-        optimizer: Settings of the optimizer and the EMAs.
-        options: Whether to compile, and to checkpoint activations.
-        seed: Seed of the initial weights.
+        settings: Settings of the run.
         device: Device of the state.
         sharding: How the state is sharded; None if each process holds all of it.
     """
+    optimizer = settings.optimizer
+    options = settings.device
+    seed = settings.run.seed
     if sharding is None:
         model = build_initial_network(network, align, seed).to(device)
     else:

@@ -56,9 +56,7 @@ def make_step(
     cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
     align = plan_alignments(settings.alignments, network, cache_info)
     sharding = make_sharding(settings.device.shard, accelerator, torch.float32)
-    state = build_state(
-        network, align, settings.optimizer, settings.device, settings.run.seed, device, sharding
-    )
+    state = build_state(network, align, settings, device, sharding)
     if sharding:
         initialize_sharded_state(state, align, settings.run.seed)
     load_network = partial(

@@ -16,6 +16,7 @@ import train
 from checkpointing import export
 from dataset import TrainingStream
 from latents.cache import LatentCache
+from loss import standardize_tokens
 from models.encoder import Encoder
 from models.projector import Projector
 from models.target import Defaults, Plan, Target
@@ -307,6 +308,13 @@ def test_targets_receive_micro_batches(make):
     step, batch = make("--align", "sra", "--gradient-accumulation-steps", "4")
     step(batch)
     assert [len(inputs.latents) for inputs, _ in make.calls["sra"]] == [2, 2, 2, 2]
+
+
+def test_target_tokens_are_standardized(make):
+    step, batch = make("--target-norm", "zscore", "--zscore-alpha", 0.3)
+    targets = step.alignments["sra2"].compute_targets(step.sample_inputs(batch))
+    [(_, tokens)] = make.calls["sra2"]
+    assert torch.equal(targets["sra2"], standardize_tokens(tokens, 0.3))
 
 
 def test_method_stops_at_its_step_while_the_other_continues(make):

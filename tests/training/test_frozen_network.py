@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from checkpointing import export
 from latents.cache import LatentCache
 from models.errors import FieldError
 from models.sit import SiTConfig
@@ -44,26 +45,30 @@ def copy_with_config(run: Path, folder: Path, **changes) -> Path:
     return folder
 
 
-def test_frozen_network_is_the_ema_of_the_newest_checkpoint(load, trained):
+def test_frozen_network_is_the_ema_of_the_newest_checkpoint(load, call, trained, tmp_path):
     frozen = load(trained)
     weights = load_file(trained / "checkpoints/0000002/ema.safetensors")
     state = frozen.network.state_dict()
     assert all(torch.equal(state[name], weights[name]) for name in weights)
     assert not any(parameter.requires_grad for parameter in frozen.network.parameters())
-    assert load(trained / "checkpoints/0000002").ema_sha256 == frozen.ema_sha256
+    assert call(export, trained, "--to", tmp_path / "export")[0] == 0
+    for path in (trained / "checkpoints/0000002", tmp_path / "export"):
+        assert load(path).ema_sha256 == frozen.ema_sha256
 
 
 def test_error_states_the_difference_from_the_network_of_the_run(load, cache, trained, tmp_path):
     manifest = replace(LatentCache(cache).manifest, vae_fingerprint="0" * 64)
     without_null_class = copy_with_config(trained, tmp_path / "copy", cfg_prob=0.0)
     assert load(without_null_class, needs_null_class=False)
-    official = tmp_path / "0400000.pt"
-    official.touch()
+    for name in ("0400000.pt", "model.bin", "model.safetensors"):
+        (tmp_path / name).touch()
     (tmp_path / "args.json").write_text("{}")
     for path, changes, message in (
         (tmp_path / "none", {}, "none does not exist"),
         (tmp_path, {}, "has no checkpoints yet"),
-        (official, {}, "0400000.pt is a file of another repository: pass a run of this one"),
+        (tmp_path / "0400000.pt", {}, "0400000.pt is a file of another repository: pass a run of"),
+        (tmp_path / "model.bin", {}, "model.bin is a file of another repository: pass a run of"),
+        (tmp_path / "model.safetensors", {}, "model.safetensors needs the config.json of its run"),
         (trained, {"network": replace(NETWORK, depth=5)}, "is SiT-Ti/2, which differs from the"),
         (trained, {"network": replace(NETWORK, num_classes=4)}, "(num_classes 3 instead of 4): "),
         (trained, {"network": replace(NETWORK, qk_norm=True)}, "(qk_norm False instead of True): "),

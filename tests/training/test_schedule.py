@@ -65,6 +65,20 @@ def test_warmup_must_be_shorter_than_a_decreasing_schedule(call, cache, tmp_path
     assert "--lr-warmup-steps 3 leaves no steps for --lr-schedule linear: the run has 3" in out
 
 
+def test_each_update_has_the_learning_rate_of_its_step(make_meta_step):
+    step, batch = make_meta_step(*FLAGS, "--max-train-steps", 4)
+    rates = []
+
+    def record_rates():
+        rates.append({group["lr"] for group in step.optimizer.param_groups})
+
+    step.optimizer.step = record_rates
+    for _ in range(4):
+        step(batch)
+    schedule = LearningRateSchedule(1e-4, "cosine", 1, 0.0, 4)
+    assert rates == [{schedule.compute(number)} for number in range(4)]
+
+
 def test_learning_rate_is_shown_with_the_losses():
     line = format_line(1, 2, 0.5, None, {"loss": 2.5}, 1e-3 / 3)
     assert line.endswith("remaining: loss 2.5000, lr 0.000333")

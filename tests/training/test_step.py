@@ -120,14 +120,7 @@ def test_all_blocks_share_one_compiled_graph(single_process_group, graph_counter
         settings = make_settings(cache, "--model", "SiT-S/2", "--qk-norm", *flags)
         network = build_network_config(settings.model, manifest)
         align = plan_alignments(settings.alignments, network, make_cache_info(manifest))
-        state = build_state(
-            network,
-            align,
-            settings.optimizer,
-            settings.device,
-            settings.run.seed,
-            torch.device("cpu"),
-        )
+        state = build_state(network, align, settings, torch.device("cpu"))
         torch.manual_seed(0)
         for block in state.model.backbone.blocks:  # their modulation is zero at initialization
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)

@@ -551,5 +551,7 @@ def test_label_dropout_is_cfg_prob(call, cache, tmp_path, drawn_inputs):
         options = ("--max-train-steps", 6, "--cfg-prob", probability)
         assert call(train, *train_flags(cache, tmp_path, f"p{probability}", *options))[0] == 0
         labels = torch.cat([inputs.labels for inputs in drawn_inputs])
-        share = (labels == 3).float().mean().item()  # the null class of three classes
-        assert low <= share <= high
+        is_dropped = labels == 3  # the null class of three classes
+        assert low <= is_dropped.float().mean().item() <= high
+        classes = torch.cat([inputs.classes for inputs in drawn_inputs])
+        assert torch.equal(classes[~is_dropped], labels[~is_dropped]) and classes.max() < 3
