@@ -72,8 +72,8 @@ class AlignedSiT(nn.Module):
         token_norm = {}
         for name in names:
             head_input = tokens[self.blocks[name]]
-            # The tokens of the backbone and of convolutions are transposed views, for which compiled
-            # losses with contiguous targets had wrong gradients (PyTorch 2.11, CPU).
+            # The tokens of the backbone and of convolutions are transposed views. For those,
+            # compiled losses with contiguous targets have wrong gradients (PyTorch 2.11, CPU).
             projected[name] = self.heads[name](head_input).contiguous()
             norm = torch.linalg.vector_norm(head_input.detach(), dim=-1, dtype=torch.float32)
             token_norm[name] = norm.mean(1)
