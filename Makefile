@@ -1,5 +1,5 @@
 # make demo       Encode, train, sample and evaluate the bundled data on a CPU in under ten minutes.
-# make study      Run the study of docs/study.md: six methods with five seeds each, in under two hours.
+# make study      Run the study of docs/study.md: ten methods with five seeds each, in about three hours.
 # make test       Run the tests, except those marked `long`, in $(JOBS) processes.
 # make test-long  Run all tests.
 # make lint       Run ruff and mypy.
