@@ -73,7 +73,8 @@ class TimmFeatures(FeatureNetwork):
 def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
     """Resize images with the bicubic filter of PIL, to within one grey level.
 
-    As in PIL, values are rounded and clipped after each axis.
+    As in PIL before version 13, the width is resized first, and values are rounded and clipped
+    after each axis.
 
     Args:
         images: uint8 images, (B, 3, H, W).

@@ -177,7 +177,10 @@ class Autoencoder:
         else:
             check_vae_folder(Path(name))
         try:
-            vae, loading_info = AutoencoderKL.from_pretrained(name, output_loading_info=True)
+            # With low_cpu_mem_usage, old versions of diffusers do not name the missing weights.
+            vae, loading_info = AutoencoderKL.from_pretrained(
+                name, output_loading_info=True, low_cpu_mem_usage=False
+            )
             class_name = AutoencoderKL.load_config(name).get("_class_name", "AutoencoderKL")
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]

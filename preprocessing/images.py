@@ -160,10 +160,19 @@ def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
     resized bicubically.
     """
     while min(image.size) >= 2 * length:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = _resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = length / min(image.size)
     size = round(image.width * ratio), round(image.height * ratio)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return _resize(image, size, Image.Resampling.BICUBIC)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
+    """Resize the width first, then the height, with rounding in between.
+
+    Pillow before version 13 does this in one call. Later versions resize the height of tall images
+    first, which changes grey levels.
+    """
+    return image.resize((size[0], image.height), filter).resize(size, filter)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -18,15 +18,15 @@ def main() -> None:
     max_renames = sys.argv.pop(1).split(",")
     rank = os.environ["RANK"]
     remaining = int(max_renames[int(rank)])
-    replace = os.replace
+    replace = Path.replace
 
-    def replace_or_block(*paths):
+    def replace_or_block(self, target):
         nonlocal remaining
         if remaining == 0:
             (blocked / rank).touch()
             threading.Event().wait()
         remaining -= 1
-        replace(*paths)
+        return replace(self, target)
 
-    os.replace = replace_or_block
+    Path.replace = replace_or_block
     encode_latents.main()

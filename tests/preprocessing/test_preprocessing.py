@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -204,21 +205,37 @@ def test_edm_zip_and_folder_tree_give_the_same_cache(call, tree, vae_folder, tmp
     assert from_zip.manifest.class_names == ["0", "1", "2"]
 
 
+def resize(array: np.ndarray, width: int, height: int, resampling: Image.Resampling) -> np.ndarray:
+    """Resize an array with PIL in the order of Pillow before version 13: first the width."""
+    image = Image.fromarray(array).resize((width, len(array)), resampling)
+    return np.asarray(image.resize((width, height), resampling))
+
+
+@pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) >= 13, reason="Pillow 13 resizes the height first"
+)
+def test_resizing_twice_equals_one_call_of_earlier_versions_of_pillow():
+    array = np.random.default_rng(0).integers(0, 256, (200, 65, 3), dtype=np.uint8)
+    for resampling in (Image.Resampling.BOX, Image.Resampling.BICUBIC):
+        expected = np.asarray(Image.fromarray(array).resize((33, 99), resampling))
+        np.testing.assert_array_equal(resize(array, 33, 99, resampling), expected)
+
+
 def compute_adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
     """Compute the center crop of guided-diffusion on arrays, using PIL only for resizing."""
     while min(array.shape[:2]) >= 2 * size:
         height, width = array.shape[0] // 2, array.shape[1] // 2
-        array = np.asarray(Image.fromarray(array).resize((width, height), Image.BOX))
+        array = resize(array, width, height, Image.Resampling.BOX)
     scale = size / min(array.shape[:2])
-    resized = tuple(round(length * scale) for length in (array.shape[1], array.shape[0]))
-    array = np.asarray(Image.fromarray(array).resize(resized, Image.BICUBIC))
+    width, height = (round(length * scale) for length in (array.shape[1], array.shape[0]))
+    array = resize(array, width, height, Image.Resampling.BICUBIC)
     top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
     return array[top : top + size, left : left + size]
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(32, 32), (33, 47), (129, 64), (20, 31), (200, 65), (64, 64), (32, 35), (37, 32)],
+    [(32, 32), (33, 47), (129, 64), (20, 31), (200, 65), (120, 35), (64, 64), (32, 35), (37, 32)],
 )
 def test_center_crop_equals_that_of_adm(shape):
     array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)

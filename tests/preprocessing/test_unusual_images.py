@@ -64,7 +64,8 @@ def test_images_are_treated_as_documented_in_little_memory(unusual_folder, vae_f
     lines = (tmp_path / "data/skipped.jsonl").read_text().splitlines()
     reasons = {row["file"].removeprefix("class/"): row["reason"] for row in map(json.loads, lines)}
     assert reasons.keys() == bad.keys()
-    assert all(bad[name] in reasons[name] for name in bad), reasons
+    wrong = {name: reasons[name] for name in bad if bad[name].lower() not in reasons[name].lower()}
+    assert not wrong
 
     kinds = list(good.values())
     for kind in set(kinds):
