@@ -156,6 +156,7 @@ class Scheduler:
     def __init__(self, tasks: Sequence[Task], folder: Path, jobs: int, gpus_per_task: int = 1):
         self.folder = folder
         self.tasks = tasks
+        self.total_images = sum(task.total_images for task in tasks)
         self.gpus = list_visible_gpus()
         self.gpus_per_task = gpus_per_task
         self.num_threads = max(1, count_available_cores() // jobs)
@@ -244,19 +245,26 @@ class Scheduler:
                 logger.info("%s: %s (%s)", process.task.name, error, process.log_path)
         return bool(exited_processes)
 
-    def count_images(self) -> int:
-        """Return the total number of images that the runs have been trained on so far."""
-        return sum(task.count_images(self.folder) for task in self.tasks)
+    def count_done(self) -> int:
+        """Return the number of images trained on so far; without training, of finished tasks."""
+        if self.total_images:
+            return sum(task.count_images(self.folder) for task in self.tasks)
+        return self.count_finished()
+
+    def count_finished(self) -> int:
+        """Return the number of finished tasks."""
+        return sum(task.is_finished(self.folder) for task in self.tasks)
 
     def show_progress(self, bar: ProgressBar, refresh: bool) -> None:
         """Update the progress bar from the records and logs of the tasks."""
         self.progress_time = time.monotonic()
-        num_finished = sum(task.is_finished(self.folder) for task in self.tasks)
-        description = f"{num_finished} of {len(self.tasks)} tasks"
+        parts = []
+        if self.total_images:
+            parts.append(f"{self.count_finished()} of {len(self.tasks)} tasks")
         if self.errors:
-            description += f", {len(self.errors)} failed"
-        bar.set_description(description, refresh=refresh)
-        bar.update(self.count_images() - bar.n)
+            parts.append(f"{len(self.errors)} failed")
+        bar.set_description(", ".join(parts), refresh=refresh)
+        bar.update(self.count_done() - bar.n)
 
 
 @contextmanager
@@ -296,11 +304,12 @@ def run_tasks(
     scheduler = Scheduler(tasks, folder, jobs, gpus_per_task)
     with ExitStack() as resources:
         resources.enter_context(lock_folder(folder))
+        has_images = scheduler.total_images > 0
         bar = ProgressBar(
-            total=sum(task.total_images for task in tasks),
-            initial=scheduler.count_images(),
-            unit="img",
-            unit_scale=True,
+            total=scheduler.total_images or len(tasks),
+            initial=scheduler.count_done(),
+            unit="img" if has_images else "task",
+            unit_scale=has_images,
             smoothing=0,
         )
         resources.enter_context(bar)

@@ -488,7 +488,7 @@ def test_failed_tasks_are_counted_among_all_tasks(call, tmp_path, monkeypatch):
 COPY = "import sys; from pathlib import Path; Path(sys.argv[2]).write_text(sys.argv[1])"
 
 
-def test_tasks_start_when_their_inputs_exist(tmp_path, monkeypatch):
+def test_tasks_start_when_their_inputs_exist(tmp_path, monkeypatch, capsys):
     """The tasks are given in the reverse order. The failed task blocks only one other task."""
     (tmp_path / "copy.py").write_text(COPY)
     (tmp_path / "fail.py").write_text("raise SystemExit('error: no luck')")
@@ -510,6 +510,7 @@ def test_tasks_start_when_their_inputs_exist(tmp_path, monkeypatch):
     assert (a.read_text(), b.read_text()) == ("1", "2")
     records = [task.read_record(tmp_path)["finished"] for task in (tasks[3], tasks[0], tasks[2])]
     assert records == [True, True, False]
+    assert capsys.readouterr().err.startswith("1 failed: 2 of 4 task in ")
 
 
 def test_failed_task_in_this_process_does_not_affect_the_others(tmp_path, monkeypatch):
