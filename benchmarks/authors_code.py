@@ -1,7 +1,7 @@
 """Load code from clones of other repositories, and replay random numbers in it.
 
 The modules of several repositories have the same names as ours. They are loaded by their path, and
-are removed from sys.modules after that.
+are removed from sys.modules afterwards.
 """
 
 import ast
@@ -42,8 +42,8 @@ def load_module(
     Raises:
         UserError: The file does not exist.
     """
-    # Modules that are first imported below are imported again later, as they do not stay in
-    # sys.modules. timm imports torchvision, which cannot be imported twice.
+    # Import timm before sys.modules is patched below, because modules that are imported inside the
+    # patch are removed afterwards, and torchvision, which timm imports, cannot be imported twice.
     import timm  # noqa: F401 - see above
 
     _check_exists(path, flag)
@@ -53,8 +53,8 @@ def load_module(
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    stand_ins = {package: _make_empty_package(package) for package in unavailable}
-    with patch.dict(sys.modules, {**(imports or {}), **stand_ins, name: module}):
+    empty_packages = {package: _make_empty_package(package) for package in unavailable}
+    with patch.dict(sys.modules, {**(imports or {}), **empty_packages, name: module}):
         spec.loader.exec_module(module)
     return module
 

@@ -11,12 +11,12 @@ by more than 1e-5 of the largest value of a token.
 
 REPA's repository contains the networks of MoCo v3, MAE and I-JEPA, and the blocks of CLIP. The
 networks of DINO and DINOv2 come from clones of their repositories; without the flag, these encoders
-are omitted. REPA's file models/dinov1.py is not published; DINO's `get_intermediate_layers` takes
-its place.
+are omitted. REPA's file models/dinov1.py is not published; DINO's `get_intermediate_layers` is used
+instead.
 
-The networks have the original sizes, except that --depth limits the number of blocks. Both programs
-must request the same number of blocks before it is limited. Without --depth, the largest network
-needs 12 GB of memory.
+The networks have the original sizes, except that --depth limits the number of blocks. The command
+also checks that both programs request the same number of blocks. Without --depth, the largest
+network needs 12 GB of memory.
 """
 
 import argparse
@@ -262,7 +262,7 @@ class RepaCode:
             [encoder], [encoder_type], _ = self.load_encoders(name, "cpu", RESOLUTION)
         encoder.eval()
         tokens = encoder.forward_features(self.preprocess(images, encoder_type))
-        # Select the tokens as the loop of REPA's train.py does.
+        # Select the patch tokens in the same way as the training loop of REPA.
         if "mocov3" in encoder_type:
             tokens = tokens[:, 1:]
         if "dinov2" in encoder_type:
@@ -272,8 +272,8 @@ class RepaCode:
 
 def _use_published_name(key: str) -> str:
     """Return the wrong name that a parameter has in the published ViT-L checkpoint of MoCo v3."""
-    for wrong, right in MISNAMED_PARAMETERS.items():
-        key = key.replace(right, wrong)
+    for published, correct in MISNAMED_PARAMETERS.items():
+        key = key.replace(correct, published)
     return key
 
 

@@ -1,7 +1,7 @@
 """The losses of SRA 2, computed from the formulas of docs/method.md with explicit loops.
 
-The authors have not released code. The computation shares only the weights and the blocks of the
-backbone with the training step. The noisy latents, the velocity, the head, the latent patches and
+The authors have not released code. The computation uses only the weights and the blocks of the
+backbone from the training step. The noisy latents, the velocity, the head, the latent patches and
 the losses are written out for each sample and each token.
 """
 
@@ -29,7 +29,7 @@ class SRA2:
     latent_size = None
 
     def compute_reference(self, step: Step, inputs: TrainingInputs) -> Reference:
-        """Give our step random weights, and compute the losses and gradients from the formulas."""
+        """Randomize the weights of our step, and compute its losses from the formulas."""
         model = step.state.model
         randomize(model, seed=1)
         block = get_alignment(step).config.block
@@ -83,7 +83,7 @@ class SRA2:
 
 
 class SRA2SmoothL1(SRA2):
-    """SRA 2 with the smooth L1 loss and beta = 0.05, the best one in the paper."""
+    """SRA 2 with the smooth L1 loss and beta = 0.05, which is the best loss in the paper."""
 
     title = "SRA 2, smooth L1"
     flags = "--align sra2 --align-loss smooth_l1"

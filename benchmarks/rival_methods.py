@@ -318,7 +318,7 @@ class SelfTranscendence(AuthorsMethod):
         return self.networks.SiT(**describe_repa_architecture(network))
 
     def find_teacher(self, step: Step) -> SiT | None:
-        return get_alignment(step).target.frozen_network  # type: ignore[attr-defined]  # of this method
+        return get_alignment(step).target.frozen_network  # type: ignore[attr-defined]
 
     def call_loss(self, case: Case) -> tuple[Tensor, Tensor]:
         return self.call_with_range(case, None)
@@ -345,9 +345,9 @@ class SelfTranscendenceInRange(SelfTranscendence):
     """The second stage for the range of timesteps in the authors' script.
 
     With --t-range, the authors multiply losses of shape (B,) by a mask of shape (B, 1, 1, 1), so
-    their loss is the mean of the mask times the mean of the loss of all samples. Ours is the mean
-    over the samples of the product. Here, the mask is applied to the authors' losses without
-    --t-range.
+    their loss is the mean of the mask times the mean loss of all samples. Ours is the mean of the
+    products of mask and loss over the samples. Here, the mask is applied to the authors' losses
+    that are computed without --t-range.
     """
 
     title = "Self-Transcendence, t range"

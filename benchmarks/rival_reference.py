@@ -68,16 +68,16 @@ class Reference(NamedTuple):
 
 
 class Case(NamedTuple):
-    """The objects that a loss of the authors depends on."""
+    """The objects from which a loss of the authors is computed."""
 
     network: nn.Module  # the authors' network, in training mode
     teacher: nn.Module  # a network of the same architecture, in evaluation mode
-    inputs: TrainingInputs  # those of our step
-    alignment: Alignment  # the method in our step, which determines the blocks
+    inputs: TrainingInputs  # inputs of our training step
+    alignment: Alignment  # method of our training step, with the numbers of the blocks
 
 
 def randomize(network: nn.Module, seed: int) -> None:
-    """Give all trained parameters random values, so that no block is the identity."""
+    """Set all trained parameters to random values, so that no block is the identity."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         if parameter.requires_grad:
@@ -107,7 +107,7 @@ def get_alignment(step: Step) -> Alignment:
 
 
 class AuthorsMethod(ABC):
-    """A method in the code of its authors.
+    """An alignment method, computed by the code of its authors.
 
     Args:
         root: A clone of the repository.
@@ -117,12 +117,12 @@ class AuthorsMethod(ABC):
     repository: ClassVar[str]  # a key of REPOSITORIES
     files: ClassVar[str]  # files of the repository that are executed, separated by spaces
     flags: ClassVar[str]  # flags of train.py here
-    weight: ClassVar[float]  # default of the authors' flag
+    weight: ClassVar[float]  # default weight of the alignment loss in the authors' code
     offset: ClassVar[float] = 1.0  # our alignment loss minus that of the authors
     origin: ClassVar[str] = "repa"  # see checkpointing.official
     # Prefixes of the names of the head's parameters: theirs -> ours.
     head_prefixes: ClassVar[dict[str, str]] = {"projectors.0.": "heads.repa."}
-    latent_size: ClassVar[int | None] = None  # if the loss depends on it
+    latent_size: ClassVar[int | None] = None  # size that the loss requires, if any
 
     def __init__(self, root: Path):
         self.root = root
@@ -151,7 +151,7 @@ class AuthorsMethod(ABC):
         return None
 
     def measure_differences(self, case: Case) -> dict[str, float]:
-        """Return the losses of released code that the comparison changes, by description."""
+        """Return losses of the released code in which the comparison fixes errors, by name."""
         return {}
 
     def import_file(self, path: str, **options: Any) -> Any:

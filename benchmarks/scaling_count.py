@@ -104,7 +104,7 @@ class PeakMemory(TorchDispatchMode):
 
 @contextmanager
 def fake_process_group(num_processes: int) -> Iterator[None]:
-    """Simulate many processes, of which this is the first; collectives leave outputs undefined."""
+    """Simulate the first of many processes. The outputs of collectives are undefined."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_processes)
     try:
         yield
@@ -146,7 +146,7 @@ def count_step(plan: Plan, layout: Layout, micro_batch: int, precision: str) -> 
 
 
 def compute_peak(plan: Plan, layout: Layout, micro_batch: int, precision: str) -> float:
-    """Return the peak bytes of such a step according to the formula, without compiled blocks."""
+    """Return the peak bytes of the same step according to the formula, without compilation."""
     memory = MemoryModel(
         count_parameters(plan),
         count_stored_bytes(plan, precision, compile=False),

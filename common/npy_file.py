@@ -24,8 +24,8 @@ _parser_lock = threading.Lock()
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, Fortran order and dtype. Raises ValueError if the header is damaged."""
     try:
-        # This fills the buffer of the file. Unless the header is longer than the buffer, no disk is
-        # read while the lock is held.
+        # This fills the buffer of the file. Unless the header is longer than the buffer, the disk
+        # is not read while the lock is held.
         version = np.lib.format.read_magic(file)
         with _parser_lock:
             if version == (1, 0):

@@ -1,8 +1,8 @@
-"""Choose the length and the seeds of a convergence study such that all runs end within a time.
+"""Choose the length and the seeds of a convergence study for a time budget.
 
 A run takes start + steps * seconds per step + evaluations * seconds per evaluation + end. The runs
-are assigned to the slots in order, as the scheduler does, and the probes follow one after the
-other. A share of the time is kept in reserve.
+are assigned to free slots in order, as by the scheduler. The probes follow one after the other. A
+share of the time is kept in reserve.
 """
 
 import heapq
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from common.cli import UserError
 from experiments.study_plan import StudyPlan
 
-RESERVE = 0.1  # share of the time that is not planned
-REPORT_SECONDS = 15.0  # for the tables and the figure
+RESERVE = 0.1  # share of the time that is kept in reserve
+REPORT_SECONDS = 15.0  # time for the tables and the figure
 MIN_SEEDS = 5
-MAX_SEEDS = 80  # of one study
-MIN_STEPS = 100  # of a run, unless --max-train-steps is smaller
+MAX_SEEDS = 80
+MIN_STEPS = 100  # steps per run, unless --max-train-steps is smaller
 # Horizons of the EMA, 1 / (1 - decay) steps, between two evaluations. At the first evaluation, the
 # share of the initial weights in the EMA is then less than exp(-5) = 0.7%.
 HORIZONS_PER_EVALUATION = 5
@@ -57,7 +57,7 @@ def choose_jobs(jobs: int, num_runs: int) -> int:
 
 
 def choose_ema_decay(steps: int, evaluations: int) -> float:
-    """Return an EMA decay with a horizon of a fifth of the steps between two evaluations."""
+    """Return the EMA decay whose horizon is a fifth of the steps between two evaluations."""
     horizon = math.ceil(steps / evaluations) / HORIZONS_PER_EVALUATION
     return math.floor(1e4 * max(0.0, 1 - 1 / horizon)) / 1e4
 
@@ -141,7 +141,7 @@ def choose_steps(plan: StudyPlan, costs: Costs, available: float) -> StudyPlan:
     largest = max(1, plan.steps // plan.evaluations)
     smallest = min(largest, math.ceil(MIN_STEPS / plan.evaluations))
     if estimate(smallest) > available:
-        raise UserError(describe_misfit(plan, costs, smallest * plan.evaluations, available))
+        raise UserError(format_budget_error(plan, costs, smallest * plan.evaluations, available))
     # Bisection: `smallest` fits, and all numbers above `largest` are too large.
     while smallest < largest:
         middle = (smallest + largest + 1) // 2
@@ -152,8 +152,8 @@ def choose_steps(plan: StudyPlan, costs: Costs, available: float) -> StudyPlan:
     return replace(plan, steps=smallest * plan.evaluations)
 
 
-def describe_misfit(plan: StudyPlan, costs: Costs, steps: int, available: float) -> str:
-    """Return the error message for a study that does not fit, with the remedies."""
+def format_budget_error(plan: StudyPlan, costs: Costs, steps: int, available: float) -> str:
+    """Return the error message for a study that does not fit into the time, with the remedies."""
     needed = estimate_seconds(replace(plan, steps=steps), costs)
     fitting = len(plan.methods) - 1
     while fitting and (
@@ -161,9 +161,9 @@ def describe_misfit(plan: StudyPlan, costs: Costs, steps: int, available: float)
         > available
     ):
         fitting -= 1
-    remedy = f"pass {count_minutes(needed - available)} more minutes"
+    remedy = f"raise --minutes by {count_minutes(needed - available)}"
     if fitting > 1:
-        remedy += f", or only {fitting} --methods, such as {' '.join(plan.methods[:fitting])}"
+        remedy += f", or pass {fitting} --methods, such as {' '.join(plan.methods[:fitting])}"
     return (
         f"--minutes: {len(plan.seeds)} seeds of {len(plan.methods)} methods with {steps} steps "
         f"take about {needed:.0f} s, and {max(0.0, available):.0f} s are left; {remedy}"
@@ -171,7 +171,7 @@ def describe_misfit(plan: StudyPlan, costs: Costs, steps: int, available: float)
 
 
 def count_minutes(seconds: float) -> int:
-    """Return the whole minutes by which a budget must grow for some more seconds."""
+    """Return the minutes by which the budget must grow to contain additional seconds."""
     return math.ceil(seconds / 60 / (1 - RESERVE))
 
 
@@ -194,7 +194,7 @@ def add_seeds(
         raise UserError(
             f"--minutes: the unfinished runs of the {len(plan.seeds)} seeds take about "
             f"{needed:.0f} s, and {max(0.0, available):.0f} s are left; "
-            f"pass {count_minutes(needed - available)} more minutes"
+            f"raise --minutes by {count_minutes(needed - available)}"
         )
     while len(plan.seeds) < MAX_SEEDS:
         larger = replace(plan, seeds=(*plan.seeds, max(plan.seeds) + 1))
@@ -207,7 +207,7 @@ def add_seeds(
 def describe_choice(
     plan: StudyPlan, costs: Costs, available: float, finished: Collection[str] = ()
 ) -> str:
-    """Return the choice with its arithmetic, in two lines."""
+    """Describe the choice and its estimated time in two lines."""
     seconds = estimate_seconds(plan, costs, finished)
     method = max(plan.methods, key=costs.step_s.__getitem__)
     longest = costs.compute_run_seconds(method, plan)

@@ -31,11 +31,11 @@ logger = get_logger(__name__)
 LOG_EVERY = 5  # steps per row of the log
 NUM_ROWS = 3  # rows of each run under full load
 EVAL_EVERY = 20
-ENDLESS = 10_000  # steps of the runs, which are stopped much earlier
+NUM_STEPS = 10_000  # steps of the runs, which are stopped much earlier
 
 
 class MeasuredRun:
-    """A process of train.py and what its log contains.
+    """A process of train.py, with the rows of its log.
 
     Args:
         cell: The run.
@@ -109,7 +109,7 @@ class Measurement:
         """Wait for a condition.
 
         Raises:
-            UserError: If the time is over or a process has failed.
+            UserError: If the time limit is exceeded or a process has failed.
         """
         while not is_complete():
             if self.request.name:
@@ -117,7 +117,7 @@ class Measurement:
             if time.monotonic() > self.deadline:
                 raise UserError(
                     f"--minutes: the measurement did not end within {self.limit_s:.0f} s, a "
-                    "quarter of the time; pass more minutes or fewer --jobs"
+                    "quarter of the time; raise --minutes or lower --jobs"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -183,12 +183,12 @@ def make_measured_cells(plan: StudyPlan, blocks: dict[str, int], jobs: int) -> l
     If there are more methods than slots, the methods with the most FLOPs are measured.
     Self-Transcendence is not measured, because its frozen network does not exist yet.
     """
-    endless = replace(plan, steps=ENDLESS)
-    cells = {cell.name: cell for cell in endless.make_study_cells(blocks)}
+    long_plan = replace(plan, steps=NUM_STEPS)
+    cells = {cell.name: cell for cell in long_plan.make_study_cells(blocks)}
     measured = [cell for cell in cells.values() if not plan.find_inputs(cell)]
     measured.sort(key=lambda cell: -count_training_flops(cell.parse_settings()))
     flags = ("--log-every", LOG_EVERY, "--eval-every", EVAL_EVERY)
-    overrides = (*map(str, flags), "--checkpointing-steps", str(ENDLESS))
+    overrides = (*map(str, flags), "--checkpointing-steps", str(NUM_STEPS))
     return [
         cell._replace(seed=index, flags=(*cell.flags, *overrides))
         for index, cell in enumerate((measured * jobs)[:jobs])
@@ -225,7 +225,7 @@ def measure_costs(
         probe: Probes the run in a folder.
 
     Raises:
-        UserError: If a run fails, or if the time is over.
+        UserError: If a run fails, or if the time limit is exceeded.
     """
     folder = plan.output_dir / "measurement"
     cells = make_measured_cells(plan, blocks, jobs)
@@ -254,7 +254,7 @@ def measure_costs(
 
 
 def time_probe(run: Path, probe: Callable[[Path], None]) -> float:
-    """Return the seconds of a probe. An untimed probe initializes the device before."""
+    """Return the seconds of a probe, after an untimed probe that initializes the device."""
     probe(run)
     (run / "probe.json").unlink(missing_ok=True)
     started = time.monotonic()

@@ -35,7 +35,7 @@ FILE_NAME = "budget.json"
 
 
 def describe_request(plan: StudyPlan) -> dict:
-    """Return the settings that may not change between calls."""
+    """Return the settings that must stay the same between calls."""
     return {
         "scale": plan.scale,
         "model": plan.model,

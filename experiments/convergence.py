@@ -1,4 +1,4 @@
-"""Compare the number of images that vanilla SiT, SRA 2, SRA and REPA need to reach a quality.
+"""Compare the number of images that the alignment methods need to reach a quality.
 
     python -m experiments.convergence --scale laptop
     python -m experiments.convergence --scale gpu --images /usr/share/datasets/fashion-mnist
@@ -6,9 +6,8 @@
     python -m experiments.convergence --plot docs/study-gpu.json
 
 Scales:
-    laptop: SiT-Ti/2 on the bundled images; takes less than two hours on two CPU cores.
-    gpu: SiT-S/2 on the 60,000 training images of Fashion-MNIST; takes less than 20 minutes on one
-        GPU.
+    laptop: SiT-Ti/2 on the bundled images; takes about three hours on two CPU cores.
+    gpu: SiT-S/2 on the 60,000 training images of Fashion-MNIST, on a GPU.
     imagenet: Prints the commands for a cluster.
 
 Each method runs with several seeds. The result is NAME.json, with tables in NAME.md and a figure
@@ -24,8 +23,8 @@ REPA needs the images), and the cache of the held-out images has the same name w
 --reuse FILE.json takes runs with the same name, seed and flags from an earlier result instead of
 executing them again, for example to add methods to a study.
 
---minutes measures the speed first, and chooses the number of steps and seeds such that all runs,
-evaluations and probes end within this time. A later call adds seeds (docs/study.md).
+With --minutes, the command measures the speed first, and chooses the number of steps and seeds so
+that all runs, evaluations and probes end within this time. A later call adds seeds (docs/study.md).
 """
 
 import argparse

@@ -17,8 +17,8 @@ UNKNOWN = "not known"
 DEMO_STAMP = "DEMO: NO EVIDENCE"
 DEMO_NOTE = (
     f"**{DEMO_STAMP}.** Networks of 2M parameters were trained on small greyscale images for at "
-    "most 100 steps. The values show that every command runs. They say nothing about the paper, "
-    "and must not be compared with its values."
+    "most 100 steps. The values show that every command runs. They are no evidence about the "
+    "paper, and must not be compared with its values."
 )
 FORMATS = {"FID": ".2f", "sFID": ".2f", "inception_score": ".1f"}
 METRIC_LABELS = {"inception_score": "IS"}
@@ -183,8 +183,8 @@ def format_remarks(result: JsonObject) -> list[str]:
         "the metric varies between sets of samples of the same network.",
         f"- Guidance in Table 3: scale {scale:g} for t from {low:g} to {high:g} (from "
         f"{result['guidance']['source']}). The paper's scale and interval are not known.",
-        "- The epochs are interpolated between evaluated points, log FID against log epochs. "
-        "Values with < or > are bounds, because the crossing is outside of the points.",
+        "- The epochs are interpolated linearly in log FID and log epochs between evaluated "
+        "points. Values with < or > are bounds, because the crossing is outside of these points.",
     ]
 
 

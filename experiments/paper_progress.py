@@ -49,7 +49,7 @@ def read_run_log(run: PlannedRun) -> tuple[list[JsonObject], list[JsonObject]]:
 
 
 def summarize_runs(plan: PaperPlan, gpus: int) -> list[JsonObject]:
-    """Return the progress of each run, and the GPU-hours that its training still needs.
+    """Return the progress of each run, and the remaining GPU-hours of its training.
 
     The hours follow from the measured images per second of the run. The speed of a run that has not
     logged any is estimated from the FLOP/s of the runs with the same model, or of all runs.
@@ -91,7 +91,7 @@ def measure_rate(run: PlannedRun) -> float | None:
 def estimate_rate(
     plan: PaperPlan, run: PlannedRun, measured: dict[PlannedRun, float]
 ) -> tuple[float | None, str]:
-    """Return the images per second of a run from the FLOP/s of other runs, and the kind of runs."""
+    """Estimate the images per second of a run from the FLOP/s of other runs, and name the runs."""
     same_model = [other for other in measured if other.run.model == run.run.model]
     others = same_model or [*measured]
     if not others:

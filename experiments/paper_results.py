@@ -1,4 +1,4 @@
-"""Collect the values of the paper's tables that exist, and compare them with the paper's."""
+"""Collect our values for the paper's tables, and compare them with the paper's values."""
 
 import math
 from collections.abc import Iterator

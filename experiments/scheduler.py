@@ -49,7 +49,7 @@ def list_visible_gpus() -> list[str]:
 
 
 def is_running(task: Task, folder: Path) -> bool:
-    """Return whether a process executes this task, for example after the study was killed.
+    """Return whether a process is executing this task, for example after the study was killed.
 
     The process holds a lock on its log, which it inherits as its standard output.
     """
@@ -189,7 +189,7 @@ class Scheduler:
                 self.errors[task.name] = f"needs {task.find_missing_input()}, which does not exist"
 
     def can_continue(self) -> bool:
-        """Return whether a pending task can start, or a process of a killed study executes one."""
+        """Return whether a pending task can start, or is being executed since an earlier call."""
         return any(
             not task.find_missing_input() or is_running(task, self.folder) for task in self.pending
         )

@@ -64,7 +64,7 @@ def read_clip(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key.startswith("visual.")}
 
 
-# Wrong names of parameters in the published ViT-L checkpoint of MoCo v3 -> right names.
+# Wrong name of a parameter in the published ViT-L checkpoint of MoCo v3 -> correct name.
 MISNAMED_PARAMETERS = {
     "blocks.13.norm13.": "blocks.13.norm1.",
     "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
@@ -86,8 +86,8 @@ def read_mocov3(path: Path) -> dict[str, Tensor]:
         if not key.startswith(prefix):
             continue
         name = key.removeprefix(prefix)
-        for wrong, right in MISNAMED_PARAMETERS.items():
-            name = name.replace(wrong, right)
+        for published, correct in MISNAMED_PARAMETERS.items():
+            name = name.replace(published, correct)
         if not name.startswith(("head.", "fc.")):
             encoder[name] = value
     return encoder or state

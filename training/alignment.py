@@ -206,7 +206,7 @@ def build_aligned_network(backbone: SiT, entries: list[dict]) -> AlignedSiT:
 def restore_settings(
     alignments: tuple[AlignmentConfig, ...], stored: list[dict]
 ) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of a resumed run. Unset values are replaced with those of its start.
+    """Return the settings of a resumed run. Unset values are replaced with the recorded values.
 
     Args:
         alignments: Settings from the current flags.

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from common.watchdog import Watchdog
 
 ROOT = Path(__file__).absolute().parent.parent
-MAX_GAP_SECONDS = 5.0  # a longer pause of this process counts as this long
-# Limit for one exchange with the store, and for a process to end by itself after another one.
+MAX_GAP_SECONDS = 5.0  # longer pauses of this process count as this many seconds
+# Limit for one exchange with the store, and for a process to end after another process has ended.
 EXCHANGE_SECONDS = 5.0
 CAUSE_KEY = "cause"
-MAX_LISTED = 3  # processes in a message
+MAX_LISTED = 3  # maximum number of processes that a message lists
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def find_location(frame: FrameType | None) -> str:
 def find_missing(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
     """Return the processes that the others wait for; all of them if that is unknown.
 
-    They have entered fewer joint waits than others. If all have entered the same number, a process
-    may be stuck within the wait, where it executes another line than most of them.
+    They have entered fewer joint waits than the others. If all have entered the same number, a
+    process may be stuck within the wait, where it executes a different line than most processes.
     """
     fewest = min(heartbeat.num_waits for heartbeat in heartbeats.values())
     missing = sorted(rank for rank, h in heartbeats.items() if h.num_waits == fewest)

@@ -31,8 +31,8 @@ LOCAL_FLAGS = ("data_dir", "local_cache", "num_workers")
 UNUSED_CODE = ("assets", "benchmarks", "experiments", "tests")
 # Fields of the manifest that determine what is trained on; `source` and `vae` may be local paths.
 CACHE_FIELDS = ("count", "num_classes", *SHARED_FIELDS, "shards")
-# Groups of values that must be equal on all processes, in the order of comparison, and what to do
-# if they are not.
+# Group of values that must be equal on all processes -> remedy if they differ. The groups are
+# compared in this order.
 REMEDIES = {
     "code": "update the folder of train.py on all nodes",
     "packages": "install the same versions on all nodes",
@@ -41,7 +41,7 @@ REMEDIES = {
     "--mixed-precision if their GPUs differ",
     "cache": "copy the same cache to all nodes",
 }
-MAX_LISTED = 3  # differences, ranges of ranks and hosts in a message
+MAX_LISTED = 3  # maximum number of differences, ranges of ranks and hosts that a message lists
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ProcessRecord:
         rank: Rank of the process.
         host: Name of its machine.
         groups: Values that must be equal on all processes, by group (see REMEDIES) and name.
-        problem: What is wrong with this process, regardless of the others, or "".
+        problem: Error of this process that does not depend on the others, or "".
         gpu_name: Name of its GPU, or "".
     """
 
@@ -136,7 +136,7 @@ def hash_code(root: Path) -> dict[str, str]:
 
 
 def describe_difference(records: Sequence[ProcessRecord]) -> str:
-    """Return what is wrong with some of the processes, and the remedy, or "".
+    """Describe an error of some processes and its remedy. Return "" if there is no error.
 
     Args:
         records: Records of all processes, ordered by rank.

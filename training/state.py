@@ -182,11 +182,11 @@ def initialize_sharded_state(state: TrainState, align: list[dict], seed: int) ->
     """
     sharding = state.sharding
     assert sharding is not None
-    whole = None
+    network = None
     if sharding.rank == 0:
-        whole = build_initial_network(state.model.backbone.config, align, seed)
+        network = build_initial_network(state.model.backbone.config, align, seed)
     wait_for_all("the first process to initialize the weights")
-    sharding.copy_from_first_process(state.model, whole)
+    sharding.copy_from_first_process(state.model, network)
     for ema in state.emas:
         ema.load_state_dict(state.model.backbone.state_dict())
 

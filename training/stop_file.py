@@ -27,14 +27,14 @@ def stop_file(folder: Path) -> Path:
 def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool) -> Iterator[None]:
     """Stop the run in the block if the file FOLDER/STOP exists.
 
-    A thread looks for the file, because a query of a network file system may take long. When the
+    A thread checks for the file, because a query of a network file system may take long. When the
     block ends without an exception, the file is removed, so that the run can be resumed. After an
-    exception it remains, and stops the next start of the run.
+    exception, the file remains, and stops the next start of the run.
 
     Args:
         folder: The run folder.
         request: Receives the path of the file as its name if the file exists.
-        is_main_process: Whether this is the first process, which alone looks for the file.
+        is_main_process: Whether this is the first process. Only this process checks for the file.
     """
     if not is_main_process:
         yield

@@ -1,4 +1,4 @@
-"""Tests of the comparison with the code of the authors, with a stand-in for REPA's repository."""
+"""Tests of the comparison with the code of the authors, with a fake repository of REPA."""
 
 import json
 import subprocess

@@ -77,19 +77,19 @@ def test_seeds_are_added_once_the_runs_have_the_full_length():
     more = budget.add_seeds(chosen, COSTS, 120, finished)
     assert len(more.seeds) == len(chosen.seeds) + 2 and more.steps == 200
     assert budget.add_seeds(chosen, COSTS, 30, finished) == chosen
-    with pytest.raises(UserError, match=r"runs of the 5 seeds take .* pass \d+ more"):
+    with pytest.raises(UserError, match=r"runs of the 5 seeds take .* raise --minutes by \d+"):
         budget.add_seeds(plan, COSTS, 100)
 
 
-def test_misfit_names_what_would_fit():
+def test_error_states_what_would_fit():
     plan = make_plan("vanilla", "sra2-cosine", "sra")
     message = (
         r"^--minutes: 5 seeds of 3 methods with 100 steps take about \d+ s, and 200 s are left; "
-        r"pass \d more minutes, or only 2 --methods, such as vanilla sra2-cosine$"
+        r"raise --minutes by \d, or pass 2 --methods, such as vanilla sra2-cosine$"
     )
     with pytest.raises(UserError, match=message):
         budget.choose_steps(plan, COSTS, 200)
-    with pytest.raises(UserError, match=r"pass \d more minutes$"):
+    with pytest.raises(UserError, match=r"raise --minutes by \d$"):
         budget.choose_steps(plan, COSTS, 20)
 
 

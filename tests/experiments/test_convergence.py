@@ -421,7 +421,7 @@ def test_runs_of_an_earlier_result_are_not_repeated(call, study, tmp_path, monke
     assert call(convergence, *study.words)[0] == 0
     earlier = results.load_result(study.path, "convergence")
     by_run = {(run["name"], run["seed"]): run for run in earlier["runs"]}
-    # A repeated flag with the same effect is no difference; another learning rate is.
+    # A repeated flag with the same value is ignored; a different learning rate is not.
     by_run["vanilla", 1]["flags"] += ["--batch-size", "64"]
     by_run["vanilla", 1]["seconds"] = 777.0
     by_run["sra2-cosine", 2]["flags"] += ["--learning-rate", "3e-3"]

@@ -548,8 +548,8 @@ def test_commands_on_several_gpus_use_a_launcher(monkeypatch):
     assert [slots.select_gpus(k) for k in (0, 1)] == [["0", "1"], ["2", "3"]]
 
 
-# Stands in for sbatch: runs each task of an array after checking its dependency, and runs
-# it again if it is requeued. The numbers of the succeeded jobs are recorded.
+# A fake sbatch, which checks the dependency of an array, runs each of its tasks, and runs a task
+# again if it is requeued. The numbers of the succeeded jobs are recorded.
 SBATCH = """
 import os, re, subprocess, sys
 from pathlib import Path
@@ -587,7 +587,7 @@ print(f"{job};cluster")
 """
 SRUN = 'shift\nexec env SLURM_PROCID=0 SLURM_LOCALID=0 "$@"\n'
 SCONTROL = '[ "$1" = requeue ] && touch "$RECORDS/requeue-$2" || echo node1\n'
-# Stands in for python: records the command, and creates the outputs. The first run of train.py is
+# A fake python, which records the command, and creates the outputs. The first run of train.py is
 # stopped with code 75, and resumes when it is requeued.
 PYTHON = """
 import json, os, sys
@@ -643,7 +643,7 @@ def test_slurm_scripts_run_all_commands_in_order(call, tmp_path):
         return [json.loads(line) for line in (records / "commands").read_text().splitlines()]
 
     assert call(paper, *flags, "--slurm", folder)[0] == 0
-    # The weights of REPA's encoder are written by a command that the stand-in ignores.
+    # The weights of REPA's encoder are written by a command that the fake python ignores.
     subprocess.run(submit, cwd=ROOT, env=environment, check=True, timeout=120)
     commands = read_commands()
     programs_run = [words[0] if words[0] != "-m" else words[1] for words in commands]
@@ -687,7 +687,7 @@ def test_slurm_scripts_of_an_earlier_call_are_removed(call, tmp_path):
 
 
 class InProcess:
-    """Stands in for subprocess.Popen: runs train.py in this process."""
+    """A fake subprocess.Popen, which runs train.py in this process."""
 
     pid = 0
     started: ClassVar[list[list[str]]] = []

@@ -96,8 +96,8 @@ def train_steps(accelerator: Accelerator, cache: Path, num_steps: int, flags: li
     state = step.state
     tensors = {**state.model.state_dict(), **state.get_moments()}
     tensors |= {f"ema.{key}": value for key, value in state.emas[0].state_dict().items()}
-    whole = {key: gather_tensor(tensor) for key, tensor in tensors.items()}
-    return Result(scalars, whole, dict(collectives.counts))
+    full_tensors = {key: gather_tensor(tensor) for key, tensor in tensors.items()}
+    return Result(scalars, full_tensors, dict(collectives.counts))
 
 
 def train_in_processes(

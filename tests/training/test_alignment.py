@@ -569,8 +569,8 @@ def test_settings_of_a_method_may_be_zero():
     ],
 )
 def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
-    given = train_flags(cache, tmp_path, "run", projector_width=None)
-    code, out = call(train, *given, *flags)
+    run_flags = train_flags(cache, tmp_path, "run", projector_width=None)
+    code, out = call(train, *run_flags, *flags)
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
     assert not (tmp_path / "run").exists()
 

@@ -50,7 +50,7 @@ def test_run_loads_the_graphs_of_runs_with_the_same_settings(monkeypatch, tmp_pa
 
     path = load("--compile")
     assert path.parent == tmp_path / ".compile-cache" and path.name.endswith("-1")
-    # Flags that do not affect the step have no effect on the file.
+    # Flags that do not affect the step do not change the path.
     assert load("--compile", "--log-every", 7) == path
     others = [
         load("--compile", "--batch-size", 16),

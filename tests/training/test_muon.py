@@ -152,8 +152,8 @@ class ThreadExchange(ShardedExchange):
 
 @pytest.mark.parametrize(("count", "num_rows", "num_processes"), [(6, 8, 2), (5, 7, 3), (2, 5, 4)])
 def test_rows_of_any_number_of_processes_are_assembled_and_returned(count, num_rows, num_processes):
-    whole = torch.randn(count, num_rows, 3)
-    parts = whole.split(count_rows(num_rows, num_processes), dim=1)
+    matrices = torch.randn(count, num_rows, 3)
+    parts = matrices.split(count_rows(num_rows, num_processes), dim=1)
     mailboxes = [[None] * num_processes for _ in range(num_processes)]
     barrier = Barrier(num_processes)
 
@@ -164,7 +164,7 @@ def test_rows_of_any_number_of_processes_are_assembled_and_returned(count, num_r
 
     with ThreadPoolExecutor(num_processes) as pool:
         shares, returned = zip(*pool.map(work, range(num_processes)))
-    assert torch.equal(torch.cat(shares)[:count], whole)
+    assert torch.equal(torch.cat(shares)[:count], matrices)
     assert len({len(share) for share in shares}) == 1
     assert all(map(torch.equal, returned, [2 * part for part in parts]))
 
