@@ -82,7 +82,10 @@ def load_functions(
     exec(compile(tree, str(path), "exec"), namespace)
     missing = sorted(set(names) - namespace.keys())
     if missing:
-        raise UserError(f"{flag}: {path} does not contain {', '.join(missing)}")
+        raise UserError(
+            f"{flag}: {path} does not contain {', '.join(missing)}; pass a clone of the authors' "
+            "repository"
+        )
     return SimpleNamespace(**{name: namespace[name] for name in names})
 
 

@@ -185,8 +185,8 @@ def compare_gradients(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> 
     if ours.keys() != reference.keys():
         names = ", ".join(sorted(ours.keys() ^ reference.keys()))
         raise UserError(
-            f"only one of the networks has the parameters {names}; check out the commit of the "
-            "clone that --help states"
+            f"only one of the networks has the parameters {names}; in the clone, check out the "
+            "commit that --help states"
         )
     differences = {}
     for name, gradient in reference.items():

@@ -61,7 +61,10 @@ class MeasuredRun:
         """
         if self.process.popen.poll() is not None:
             error = self.process.close() or "exited"
-            raise UserError(f"the measurement failed: {self.cell.name}: {error}")
+            raise UserError(
+                f"the measurement failed: {self.cell.name}: {error}; fix the problem and rerun the "
+                "same command"
+            )
         rows: list[dict] = []
         with suppress(UserError):
             rows, _ = read_log(self.folder)

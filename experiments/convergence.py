@@ -334,7 +334,9 @@ def check_minutes(args: argparse.Namespace) -> None:
     if not args.minutes:
         return
     if args.scale == "imagenet":
-        raise UserError("--minutes requires --scale laptop or gpu")
+        raise UserError(
+            "--minutes requires --scale laptop or gpu; change --scale, or remove --minutes"
+        )
     for flag in ("--tune", "--seeds", "--reuse"):
         if getattr(args, flag[2:]):
             raise UserError(

@@ -248,7 +248,7 @@ class SelfTranscendence(Target):
             block = round(2 * network.depth / 3)
         _check_block(network, "teacher_block", block)
         if not math.isfinite(settings.guidance):
-            raise FieldError("guidance", f"{settings.guidance} is not a finite number")
+            raise FieldError("guidance", f"{settings.guidance} is not finite; pass a number")
         return Plan(network.width, {"teacher_block": block, "guidance": settings.guidance})
 
     @staticmethod

@@ -588,7 +588,7 @@ def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, f
         ),
         (
             ["--align", "selftrans", "--selftrans-checkpoint", "/x", "--selftrans-guidance", "nan"],
-            "--selftrans-guidance nan is not a finite number",
+            "--selftrans-guidance nan is not finite; pass a number",
         ),
         (
             ["--model", "SiT-S/8", "--target-norm", "zscore"],  # the latents are 8 x 8
