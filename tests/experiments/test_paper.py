@@ -787,6 +787,12 @@ def test_existing_runs_and_samples_must_have_the_same_flags(tmp_path):
         replace(plan, guidance=(2.0, 0.0, 0.7)).check(8)
 
 
+def test_result_without_an_entry_is_a_user_error(tmp_path):
+    results.save_result(tmp_path / "x.json", "paper", {"is_evidence": True}, [])
+    with pytest.raises(UserError, match=r"x.json is damaged.*the entry 'tables' is missing"):
+        paper.write_paper_report(tmp_path / "x.json")
+
+
 def test_figure_of_a_demo_is_stamped(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
