@@ -252,6 +252,18 @@ class PaperPlan:
             "cost": self.list_cost_tasks(),
         }
 
+    def needs_training(self, run: PlannedRun) -> bool:
+        """Return whether checkpoints are missing that have not been sampled or evaluated yet.
+
+        Checkpoints may be deleted after their evaluation.
+        """
+        return not run.train.is_finished(self.output_dir) and any(
+            not evaluation.sample.is_finished(self.output_dir)
+            and not evaluation.evaluate.is_finished(self.output_dir)
+            for evaluation in self.evaluations.values()
+            if evaluation.run is run
+        )
+
     def check(self, gpus: int) -> None:
         """Check the flags of all runs, and compare them with those of existing runs and samples.
 

@@ -24,7 +24,7 @@ from experiments.paper_page import draw_figure, format_tables
 from experiments.paper_plan import PaperPlan
 from experiments.paper_results import gather_tables
 from experiments.paper_scales import DEMO_STEPS, SCALES
-from experiments.paper_slurm import PURPOSES
+from experiments.paper_slurm import PURPOSES, format_submit_script
 from experiments.paper_tables import FID, REFERENCE_SHA256, SCORE, TABLES, Row, Table
 from experiments.tasks import Task
 from models.sit import PRESETS
@@ -670,7 +670,7 @@ def test_slurm_scripts_run_all_commands_in_order(call, tmp_path):
     (records / "commands").unlink()
     subprocess.run(submit, cwd=ROOT, env=environment, check=True, timeout=120)
     modules = [words[1] for words in read_commands()]
-    assert modules == ["experiments.efficientnet_weights", "evaluations.evaluate"]
+    assert modules == ["evaluations.evaluate"]
 
 
 def test_slurm_scripts_run_only_in_the_folder_of_train(call, tmp_path):
@@ -764,6 +764,26 @@ def test_runs_keep_the_checkpoints_of_tables_that_are_selected_later(tmp_path):
     steps = {row.steps for row in TABLES[2].rows if planned.run in row.runs}
     assert steps == {100_000, 200_000, 400_000}
     assert all(step % settings.checkpoint.milestone_steps == 0 for step in steps)
+
+
+def test_evaluated_checkpoints_may_be_deleted(tmp_path, monkeypatch):
+    """Of two runs without checkpoints, one is evaluated. Only the other one is trained."""
+    rows = TABLES[2].rows[:2]
+    plan = make_plan(tmp_path, Table(2, "two rows", rows))
+    write_metrics(plan, ("b2-none", 0, 400_000, False), 32.0)
+    tasks = []
+    monkeypatch.setattr(paper, "run_tasks", lambda added, *_: tasks.extend(added) or {})
+    paper.run(plan, 1, 1)
+    name = "b2-sra2-seed0"
+    names = [task.name for task in tasks]
+    assert names == ["encode", name, f"sample-{name}-0400000", f"evaluate-{name}-0400000"]
+    assert "train=$(submit --dependency=afterok:$encode --array=1 " in format_submit_script(
+        plan, tmp_path
+    ).replace('"', "")
+    write_metrics(plan, ("b2-sra2", 0, 400_000, False), 28.0)
+    tasks.clear()
+    paper.run(plan, 1, 1)
+    assert tasks == [] and "encode=" not in format_submit_script(plan, tmp_path)
 
 
 def test_existing_runs_and_samples_must_have_the_same_flags(tmp_path):
