@@ -62,6 +62,11 @@ def read_plan(request: StudyPlan) -> StudyPlan | None:
     record = read_json(path)
     if not record:
         return None
+    if not {"request", "steps", "seeds"} <= {*record}:
+        raise UserError(
+            f"{path} is damaged: the request, the steps or the seeds are missing; restore it, or "
+            "choose another --output-dir"
+        )
     current = describe_request(request)
     changes = [
         f"{key} was {value} and is now {current.get(key)}"

@@ -147,8 +147,9 @@ def run(plan: PaperPlan, jobs: int, gpus: int) -> dict[str, str]:
     longer than its work.
     """
     stages = plan.stages
-    tasks = [*stages["encode"], *stages["cost"], *stages["train"]]
-    # The samples may be deleted after their evaluation.
+    train = [planned.train for planned in plan.runs if plan.needs_training(planned)]
+    tasks = [*(stages["encode"] if train else []), *stages["cost"], *train]
+    # The samples and the checkpoints may be deleted after their evaluation.
     evaluations = [
         task
         for evaluation in plan.evaluations.values()

@@ -2,16 +2,21 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from checkpointing.storage import CheckpointError
+from common.cli import UserError
+from evaluations.runs import read_json
 from experiments.cells import Cell
 from experiments.paper_scales import DEMO_MODEL, DEMO_STEPS, SCALES, Scale
-from experiments.paper_tables import DEFAULT_GUIDANCE, Row, Table, TrainingRun
+from experiments.paper_tables import DEFAULT_GUIDANCE, TABLES, Row, Table, TrainingRun
 from experiments.study_data import ENCODER_INPUT_SIZE, REPA_ENCODER
 from experiments.tasks import Task
 from models.sit import PRESETS
+from training.resume import build_args_json, describe_changed_flags
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,21 @@ class PaperPlan:
         ]
 
     def plan_run(self, run: TrainingRun, seed: int, steps: tuple[int, ...]) -> PlannedRun:
-        """Return a training run that keeps the checkpoints after the given numbers of steps."""
+        """Return a training run that keeps the checkpoints after the given numbers of steps.
+
+        The run also keeps the checkpoints for the tables that are not selected, because a later
+        call may select them.
+        """
+        later_steps = [
+            self.scale_steps(row.steps)
+            for table in TABLES.values()
+            for row in table.rows
+            if run in row.runs
+        ]
+        milestone = math.gcd(*steps, *later_steps)
         flags = ["--data-dir", str(self.data_dir), *self.scale_run(run)]
         flags += ["--batch-size", str(self.settings.batch_size)]
-        flags += ["--max-train-steps", str(steps[-1]), "--milestone-steps", str(math.gcd(*steps))]
+        flags += ["--max-train-steps", str(steps[-1]), "--milestone-steps", str(milestone)]
         flags += self.settings.train_flags.split()
         cell = Cell(run.name, seed, (*flags, *self.train_flags))
         folder = self.output_dir / cell.run_name
@@ -236,17 +252,58 @@ class PaperPlan:
             "cost": self.list_cost_tasks(),
         }
 
+    def needs_training(self, run: PlannedRun) -> bool:
+        """Return whether checkpoints are missing that have not been sampled or evaluated yet.
+
+        Checkpoints may be deleted after their evaluation.
+        """
+        return not run.train.is_finished(self.output_dir) and any(
+            not evaluation.sample.is_finished(self.output_dir)
+            and not evaluation.evaluate.is_finished(self.output_dir)
+            for evaluation in self.evaluations.values()
+            if evaluation.run is run
+        )
+
     def check(self, gpus: int) -> None:
-        """Check the flags of all runs.
+        """Check the flags of all runs, and compare them with those of existing runs and samples.
 
         Args:
             gpus: Number of GPUs of a run.
 
         Raises:
-            UserError: If train.py would reject the flags of a run on this number of GPUs.
+            UserError: If train.py would reject the flags of a run on this number of GPUs, or if the
+                output directory contains a run or guided samples with other flags.
         """
         for planned in self.runs:
-            planned.cell.parse_settings(gpus)
+            flags = build_args_json(planned.cell.parse_settings(gpus))
+            # The run has recorded the choice of its machine, which may not be this one.
+            flags = {name: value for name, value in flags.items() if value != "auto"}
+            changes = ""
+            with suppress(CheckpointError):  # train.py reports a damaged checkpoint
+                changes = describe_changed_flags(flags, planned.folder)
+            if changes:
+                raise UserError(
+                    f"{planned.folder} was started with other flags: {changes}. Choose another "
+                    "--output-dir, or pass the flags it was started with"
+                )
+        for evaluation in self.evaluations.values():
+            if evaluation.is_guided:
+                self.check_guidance(evaluation.metrics_path)
+
+    def check_guidance(self, path: Path) -> None:
+        """Raise UserError if the metrics in a file are those of samples with other guidance."""
+        sampling = read_json(path).get("sampling") or {}
+        names = ("cfg_scale", "guidance_low", "guidance_high")
+        used = tuple(sampling.get(name) for name in names)
+        passed = tuple(float(f"{value:g}") for value in self.guidance)  # as in `plan_evaluation`
+        if sampling and used != passed:
+            flags = " ".join(
+                f"--{name.replace('_', '-')} {value}" for name, value in zip(names, used)
+            )
+            raise UserError(
+                f"the samples of {path} used {flags}; pass these flags, or choose another "
+                "--output-dir"
+            )
 
     def print_commands(self, gpus: int) -> None:
         """Print all commands in an order in which they can be executed."""

@@ -130,10 +130,10 @@ def format_submit_script(plan: PaperPlan, folder: Path) -> str:
         return f"$(submit {option}--array={array} {script})"
 
     lines = [SUBMIT]
-    encode = list_pending("encode")
+    train = [index for index, planned in enumerate(plan.runs) if plan.needs_training(planned)]
+    encode = list_pending("encode") if train else []
     if encode:
         lines.append(f"encode={submit('encode', encode)}")
-    train = list_pending("train")
     if train:
         lines.append(f"train={submit('train', train, '$encode' if encode else '')}")
 

@@ -205,7 +205,13 @@ def write_report(
         format_table: Function that returns the table of a result.
         draw_figure: Function that writes the figure of a result to a path.
     """
-    table = format_table(result)
+    try:
+        table = format_table(result)
+    except KeyError as error:
+        raise UserError(
+            f"{path} is damaged, or was written by another version of the code: the entry {error} "
+            "is missing; rerun the study"
+        ) from error
     markdown = path.with_suffix(".md")
     figure = path.with_suffix(".png")
     write_file(markdown, table.encode())

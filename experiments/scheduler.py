@@ -161,7 +161,7 @@ class Scheduler:
         self.gpus_per_task = gpus_per_task
         self.num_threads = max(1, count_available_cores() // jobs)
         self.pending = [task for task in tasks if not task.is_finished(folder)]
-        self.slots: list[TaskProcess | None] = [None] * jobs
+        self.slots: list[TaskProcess | None] = [None] * min(jobs, len(tasks))
         self.errors: dict[str, str] = {}  # name of a failed task -> error message
         self.is_stopping = False
         self.progress_time = 0.0  # time of the last update of the progress bar

@@ -219,9 +219,22 @@ def check_same_run(flags: dict, folder: Path) -> None:
         flags: Contents of args.json for the current command line.
         folder: The run folder. If it contains no checkpoint, all flags may change.
     """
+    changes = describe_changed_flags(flags, folder)
+    if changes:
+        raise UserError(
+            f"{folder} was started with other flags: {changes}. Choose another --exp-name, or "
+            "pass the flags it was started with"
+        )
+
+
+def describe_changed_flags(flags: dict, folder: Path) -> str:
+    """Describe the flags in which the newest checkpoint in a run folder differs, or return "".
+
+    The arguments are those of `check_same_run`.
+    """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
-        return
+        return ""
     stored = FORMER_VALUES | read_stored_flags(checkpoints[-1])
     fixed = [key for key in flags if key not in _flags_that_may_change()]
     if flags["lr_schedule"] != "constant":  # its learning rates depend on the length of the run
@@ -233,14 +246,10 @@ def check_same_run(flags: dict, folder: Path) -> None:
     }
     if "align" in changed:  # the other settings of the alignment follow from the methods
         changed = {"align": "--align"}
-    if changed:
-        differences = _describe_changes(changed, stored, flags)
-        if "max_train_steps" in changed:
-            differences += f" (--lr-schedule {flags['lr_schedule']} depends on it)"
-        raise UserError(
-            f"{folder} was started with other flags: {differences}. Choose another --exp-name, or "
-            "pass the flags it was started with"
-        )
+    differences = _describe_changes(changed, stored, flags)
+    if "max_train_steps" in changed:
+        differences += f" (--lr-schedule {flags['lr_schedule']} depends on it)"
+    return differences
 
 
 def read_stored_flags(checkpoint: Path) -> dict:

@@ -259,6 +259,10 @@ def test_threads_are_divided_among_the_jobs(runs):
     assert threads == str(max(1, count_available_cores() // 2))
 
 
+def test_more_jobs_than_tasks_need_no_slots(runs):
+    assert len(scheduler.Scheduler(make_tasks(runs), runs, jobs=1_000_000).slots) == 3
+
+
 def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(scheduler, "describe_machine", lambda device: {"device": device.type})

@@ -510,6 +510,11 @@ def test_study_with_a_time_budget_is_continued(call, study, monkeypatch):
 
     code, out = call(convergence, *words, 1, "--print")
     assert code == 2 and "budget.json does not exist; rerun without --print and --gather" in out
+    study.runs.mkdir(exist_ok=True)
+    (study.runs / "budget.json").write_text('{"steps": 4, "seeds": [10]}')
+    code, out = call(convergence, *words, 1, "--print")
+    assert code == 2 and "budget.json is damaged: the request, the steps or the seeds" in out
+    (study.runs / "budget.json").unlink()
     # Ten runs in five rounds: (60 s / 5 - 9 s) / 0.1 s = 30 steps, which are too few.
     code, out = call(convergence, *words, 1)
     assert code == 2 and "5 seeds of 2 methods with 100 steps take about 95 s" in out

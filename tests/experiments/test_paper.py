@@ -16,6 +16,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import sample_ddp
+from checkpointing.storage import progress_digest
 from common.cli import UserError
 from evaluations import evaluate
 from experiments import engine, paper, paper_tables, results, scheduler
@@ -23,12 +24,13 @@ from experiments.paper_page import draw_figure, format_tables
 from experiments.paper_plan import PaperPlan
 from experiments.paper_results import gather_tables
 from experiments.paper_scales import DEMO_STEPS, SCALES
-from experiments.paper_slurm import PURPOSES
+from experiments.paper_slurm import PURPOSES, format_submit_script
 from experiments.paper_tables import FID, REFERENCE_SHA256, SCORE, TABLES, Row, Table
 from experiments.tasks import Task
 from models.sit import PRESETS
 from tests.helpers import ROOT
 from training.config import check_batch_size, parse_settings
+from training.resume import build_args_json
 
 PARSERS = {
     "train.py": parse_settings,
@@ -668,7 +670,7 @@ def test_slurm_scripts_run_all_commands_in_order(call, tmp_path):
     (records / "commands").unlink()
     subprocess.run(submit, cwd=ROOT, env=environment, check=True, timeout=120)
     modules = [words[1] for words in read_commands()]
-    assert modules == ["experiments.efficientnet_weights", "evaluations.evaluate"]
+    assert modules == ["evaluations.evaluate"]
 
 
 def test_slurm_scripts_run_only_in_the_folder_of_train(call, tmp_path):
@@ -753,6 +755,62 @@ def test_demo_runs_all_stages_and_resumes(call, cache, tree, tmp_path, monkeypat
     page = (tmp_path / "paper.md").read_text()
     assert "DEMO: NO EVIDENCE" in page and page == format_tables(result)
     assert "(FD-fashion)" in page and page.count("FD-fashion instead of FID") == 1
+
+
+def test_runs_keep_the_checkpoints_of_tables_that_are_selected_later(tmp_path):
+    (planned,) = (run for run in make_plan(tmp_path, TABLES[3]).runs if run.run.name == "xl2-repa")
+    settings = planned.cell.parse_settings()
+    assert settings.loop.num_steps == 4_000_000 and planned.steps == (4_000_000,)
+    steps = {row.steps for row in TABLES[2].rows if planned.run in row.runs}
+    assert steps == {100_000, 200_000, 400_000}
+    assert all(step % settings.checkpoint.milestone_steps == 0 for step in steps)
+
+
+def test_evaluated_checkpoints_may_be_deleted(tmp_path, monkeypatch):
+    """Of two runs without checkpoints, one is evaluated. Only the other one is trained."""
+    rows = TABLES[2].rows[:2]
+    plan = make_plan(tmp_path, Table(2, "two rows", rows))
+    write_metrics(plan, ("b2-none", 0, 400_000, False), 32.0)
+    tasks = []
+    monkeypatch.setattr(paper, "run_tasks", lambda added, *_: tasks.extend(added) or {})
+    paper.run(plan, 1, 1)
+    name = "b2-sra2-seed0"
+    names = [task.name for task in tasks]
+    assert names == ["encode", name, f"sample-{name}-0400000", f"evaluate-{name}-0400000"]
+    assert "train=$(submit --dependency=afterok:$encode --array=1 " in format_submit_script(
+        plan, tmp_path
+    ).replace('"', "")
+    write_metrics(plan, ("b2-sra2", 0, 400_000, False), 28.0)
+    tasks.clear()
+    paper.run(plan, 1, 1)
+    assert tasks == [] and "encode=" not in format_submit_script(plan, tmp_path)
+
+
+def test_existing_runs_and_samples_must_have_the_same_flags(tmp_path):
+    plan = make_plan(tmp_path, TABLES[3])
+    planned = plan.runs[0]
+    flags = build_args_json(planned.cell.parse_settings()) | {"mixed_precision": "bf16"}
+    progress = {"step": 4, "flags": flags}
+    checkpoint = planned.folder / "checkpoints/0000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(
+        json.dumps(progress | {"digest": progress_digest(progress)})
+    )
+    key = ("xl2-sra2", 0, 4_000_000, True)
+    write_metrics(plan, key, 1.6, cfg_scale=1.8, guidance_low=0.0, guidance_high=0.7)
+    plan.check(8)
+    replace(plan, tables=(TABLES[3], TABLES[2])).check(8)
+    message = "learning-rate was 0.0001, now 0.001. Choose another --output-dir"
+    with pytest.raises(UserError, match=message):
+        replace(plan, train_flags=("--learning-rate", "1e-3")).check(8)
+    with pytest.raises(UserError, match=r"used --cfg-scale 1.8 --guidance-low 0.0"):
+        replace(plan, guidance=(2.0, 0.0, 0.7)).check(8)
+
+
+def test_result_without_an_entry_is_a_user_error(tmp_path):
+    results.save_result(tmp_path / "x.json", "paper", {"is_evidence": True}, [])
+    with pytest.raises(UserError, match=r"x.json is damaged.*the entry 'tables' is missing"):
+        paper.write_paper_report(tmp_path / "x.json")
 
 
 def test_figure_of_a_demo_is_stamped(tmp_path, monkeypatch):
