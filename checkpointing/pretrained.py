@@ -238,6 +238,8 @@ def _load_official(
         model_name, config = infer_config(file.state, file.settings)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
+    if file.settings.get("model") == model_name:  # REPA, SRA and SiT use the same names
+        model = model or model_name
     origin = choose_origin(path, model_name, model, origin, infer_origin(file.state, config))
     path_type = choose_path_type(path, file.settings, path_type)
     network = SiT(config).eval().requires_grad_(False)

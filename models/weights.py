@@ -92,7 +92,7 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
         raise FieldError(
             "encoder",
             f"{name} cannot be downloaded by timm: download {encoder.source}, then pass its path "
-            "as the weights file",
+            "as --encoder-weights",
         )
     try:
         overlay: dict[str, Any] = {}
@@ -114,7 +114,7 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
         raise FieldError(
             "encoder",
             f"{name}: timm cannot load {architecture} ({format_exception(error)}): with "
-            f"network access, {_describe_download(name)} as the weights file",
+            f"network access, {_describe_download(name)} as --encoder-weights",
         ) from None
     network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     return network.eval().requires_grad_(False)

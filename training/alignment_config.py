@@ -290,7 +290,10 @@ def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:
         if method not in methods and getattr(args, _destination(method, field.name)) is not None:
             main_flag, *aliases = method_flags(method, field.name)
             flag = f"{main_flag} ({', '.join(aliases)})" if aliases else main_flag
-            raise UserError(f"{flag} needs --align {method}, but {selection} was passed")
+            raise UserError(
+                f"{flag} needs --align {method}, but --align is {' '.join(args.align)}: change "
+                "--align, or remove the flag"
+            )
     for field in _SHARED_FIELDS:
         if not methods and getattr(args, get_destination(field)) is not None:
             flag = get_flag_names(field)[0]

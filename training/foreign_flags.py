@@ -2,7 +2,10 @@
 
 from common.foreign_flags import FUSED_ATTENTION, TIME_CUTOFFS, ForeignFlags, UnusedFlag
 
-_RESUME = "not needed: a run continues from its newest checkpoint when the same command is rerun"
+_CHECKPOINT = (
+    "not available: training cannot start from a .pt file. A run of this repository continues from "
+    "its newest checkpoint when the same command is rerun; remove the flag"
+)
 
 FOREIGN_FLAGS = ForeignFlags(
     unused=(
@@ -17,7 +20,7 @@ FOREIGN_FLAGS = ForeignFlags(
     replacements={
         # SRA
         "--data-dir-train": "pass the latent cache as --data-dir",
-        "--resume-ckpt": f"{_RESUME}; remove the flag",
+        "--resume-ckpt": _CHECKPOINT,
         "--sample-steps": "pass --sampling-steps, the number of steps between previews",
         "--checkpoint-steps": "pass --checkpointing-steps",
         "--checkpoint-epochs": "pass --checkpointing-steps, the steps between checkpoints",
@@ -36,7 +39,7 @@ FOREIGN_FLAGS = ForeignFlags(
         "--sample-every": "pass --sampling-steps, the number of steps between previews",
         "--cfg-scale": "pass --preview-cfg-scale, the guidance scale of previews",
         "--wandb": "pass --report-to wandb",
-        "--ckpt": f"{_RESUME}, and training cannot start from a .pt file; remove the flag",
+        "--ckpt": _CHECKPOINT,
         "--loss-weight": "not available: the squared error is not weighted; remove the flag",
         **TIME_CUTOFFS,
     },

@@ -111,6 +111,19 @@ def find_position(
     )
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise UserError if the run folder contains checkpoints of REPA, SRA or SiT, and none of ours.
+
+    Their programs use the same folders, exps/NAME/checkpoints, with .pt files in them.
+    """
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    if files and not list_checkpoints(folder):
+        raise UserError(
+            f"{files[-1]} is a checkpoint of another repository, from which training cannot "
+            "continue; choose another --exp-name"
+        )
+
+
 def check_resume_step(run: RunConfig, checkpoints: list[Path]) -> None:
     """Raise UserError if --resume-step is not the step of the newest checkpoint.
 

@@ -42,6 +42,7 @@ from training.resume import (
     build_args_json,
     check_cache,
     check_resume_step,
+    check_run_folder,
     check_same_run,
     find_position,
 )
@@ -176,6 +177,7 @@ def agree_on_position(settings: Settings, flags: dict, is_main_process: bool) ->
     position = RunPosition()
     with fail_together():
         if is_main_process:
+            check_run_folder(folder)
             check_same_run(flags, folder)
             check_resume_step(settings.run, list_checkpoints(folder))
             position = find_position(

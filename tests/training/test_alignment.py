@@ -431,7 +431,7 @@ def test_example_method_of_the_docs_trains(call, cache, tmp_path, monkeypatch):
     assert code == 2 and "--coarse-side 3 does not divide the latent size, 8" in out
     plain = train_flags(cache, tmp_path, "other")
     code, out = call(train, *plain, "--coarse-side", 4)
-    assert code == 2 and "--coarse-side needs --align coarse, but --align sra2" in out
+    assert code == 2 and "--coarse-side needs --align coarse, but --align is sra2" in out
 
 
 def test_setting_of_a_method_is_part_of_the_run(call, cache, tmp_path):
@@ -523,7 +523,7 @@ def test_settings_of_a_method_may_be_zero():
         ),
         (["--align", "sra", "sra"], "--align sra sra repeats a method"),
         (["--align", "sra", "--align-target", "mean"], "--align-target needs --align sra2"),
-        (["--sra-t-max", 0.1], "--sra-t-max needs --align sra, but --align sra2"),
+        (["--sra-t-max", 0.1], "--sra-t-max needs --align sra, but --align is sra2"),
         (["--repa-encoder", "dinov2-b"], "--repa-encoder (--enc-type) needs --align repa"),
         (
             ["--align", "none", "--align-weight", 1],
