@@ -173,6 +173,7 @@ def images():
     [
         ("mocov3-vit-s", 16, 12, to_mocov3),
         ("mocov3-vit-b", 16, 12, to_mocov3),
+        ("mocov3-vit-b", 16, 12, dict),  # the weights of the base encoder alone
         ("mocov3-vit-l", 16, 16, to_misnamed_mocov3),
         ("dinov1-vit-b", 16, 12, dict),
         ("jepa-vit-h", 14, 16, to_ijepa),
