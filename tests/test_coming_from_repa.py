@@ -68,18 +68,22 @@ def read_table(program: str) -> dict[str, tuple[list[str], str]]:
     return {flag: (re.findall(r"`(--[\w-]+)`", ours), text) for flag, ours, text in rows}
 
 
-def find_command(program: str) -> tuple[set[str], ForeignFlags]:
-    """Return the flags that our corresponding command accepts, and those that it recognizes."""
+def find_command(program: str) -> tuple[dict[str, str], ForeignFlags]:
+    """Return the flags that our corresponding command accepts, and those that it recognizes.
+
+    The accepted flags are the keys of a dictionary. Names of the same setting have equal values.
+    """
     if program.startswith("train"):
         foreign_flags, parse = TRAINING_FLAGS, parse_settings
     elif program.startswith("dataset_tools"):
         foreign_flags, parse = ENCODING_FLAGS, lambda argv: encode_latents.parse_args()
     else:
         foreign_flags, parse = SAMPLING_FLAGS, sample_ddp.parse_args
-    accepted: set[str] = set()
+    accepted: dict[str, str] = {}
 
     def record(parser, *args, **kwargs):
-        accepted.update(parser._option_string_actions)
+        actions = parser._option_string_actions
+        accepted.update({flag: action.dest for flag, action in actions.items()})
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,12 +101,13 @@ def test_table_lists_all_their_flags_and_only_flags_of_ours_that_exist(program):
     unused = {flag.name for flag in foreign_flags.unused}
     for flag, (ours, text) in table.items():
         assert text.startswith(KINDS), flag
-        assert set(ours) <= accepted, flag
+        assert set(ours) <= accepted.keys(), flag
         # Every flag works, is accepted with a message, or ends in an error with a remedy.
         assert (flag in accepted) != (flag in foreign_flags.replacements), flag
         assert ("accepted with a message" in text) == (flag in unused), flag
         if text.startswith("same"):
-            assert flag in accepted - unused, flag
+            assert flag not in unused, flag
+            assert {accepted[name] for name in ours} == {accepted[flag]}, flag
         if text.startswith("other name"):
             remedy = foreign_flags.replacements[flag]
             assert all(name in remedy for name in ours), flag

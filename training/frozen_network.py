@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpointing.pretrained import load, resolve_checkpoint
+from checkpointing.pretrained import load
 from checkpointing.storage import CheckpointError
 from latents.manifest import Manifest
 from models.errors import FieldError
@@ -36,7 +36,6 @@ def load_frozen_network(
             "checkpoint".
     """
     try:
-        path = resolve_checkpoint(path)
         if path.is_file() and path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is a file of another repository: pass a run of this one")
         pretrained = load(path)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -515,6 +516,26 @@ def test_tasks_start_when_their_inputs_exist(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("1 failed: 2 of 4 task in ")
 
 
+def test_progress_of_training_runs_is_a_number_of_images(tmp_path, monkeypatch, capsys):
+    """Of three runs of 100 images, one is finished, one stopped after 40, and one has no log."""
+    (tmp_path / "fail.py").write_text("raise SystemExit('error: no luck')")
+    monkeypatch.setattr(scheduler, "ROOT", tmp_path)
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(scheduler, "list_visible_gpus", list)
+    tasks = []
+    for name in ("finished", "stopped", "new"):
+        run = tmp_path / name
+        run.mkdir()
+        outputs = (run / "checkpoint",)
+        tasks.append(Task(name, ("fail.py",), outputs=outputs, run=run, total_images=100))
+    (tmp_path / "finished/checkpoint").touch()
+    (tmp_path / "stopped/metrics.jsonl").write_text('{"step": 4, "images": 40}\n')
+    scheduler.run_tasks(tasks, tmp_path, jobs=1)
+    # The images of earlier calls do not count for the rate.
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"1 of 3 tasks, 2 failed: 140 of 300 img in \S+, (0\.00|\?)img/s\n", line)
+
+
 def test_failed_task_in_this_process_does_not_affect_the_others(tmp_path, monkeypatch):
     called = []
 
@@ -716,7 +737,9 @@ def test_demo_runs_all_stages_and_resumes(call, cache, tree, tmp_path, monkeypat
     demo = SCALES["demo"]
     small = demo.sample_flags.replace("250", "9").replace("50", "9").replace("10", "2")
     monkeypatch.setitem(SCALES, "demo", replace(demo, sample_flags=small))
-    monkeypatch.setattr(scheduler.subprocess, "Popen", InProcess)
+    # Only the scheduler uses the stand-in: other modules also start processes.
+    fake_subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": InProcess})
+    monkeypatch.setattr(scheduler, "subprocess", fake_subprocess)
     monkeypatch.setattr(scheduler, "get_current_commit", lambda: None)
     monkeypatch.setattr(scheduler, "POLL_SECONDS", 0)
     monkeypatch.setattr(InProcess, "started", [])

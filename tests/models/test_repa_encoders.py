@@ -57,6 +57,9 @@ def compute_tokens(state, images, patch, heads, normalization=IMAGENET, eps=1e-6
     if "cls_token" in state:
         x = torch.cat((state["cls_token"].expand(len(x), -1, -1), x), 1)
     x = x + state["pos_embed"]
+    if "register_tokens" in state:  # without position embeddings
+        registers = state["register_tokens"].expand(len(x), -1, -1)
+        x = torch.cat((x[:, :1], registers, x[:, 1:]), 1)
 
     def norm(name, x):
         return F.layer_norm(x, (WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"], eps)
@@ -76,7 +79,8 @@ def compute_tokens(state, images, patch, heads, normalization=IMAGENET, eps=1e-6
         hidden = linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x))
         hidden = hidden * torch.sigmoid(1.702 * hidden) if is_clip else F.gelu(hidden)
         x = x + state.get(f"blocks.{i}.ls2.gamma", 1) * linear(f"blocks.{i}.mlp.fc2", hidden)
-    return x[:, 1:] if "cls_token" in state else x
+    num_tokens = (SIDE // patch) ** 2
+    return x[:, -num_tokens:]
 
 
 def apply_final_norm(state, x):
@@ -169,6 +173,7 @@ def images():
     [
         ("mocov3-vit-s", 16, 12, to_mocov3),
         ("mocov3-vit-b", 16, 12, to_mocov3),
+        ("mocov3-vit-b", 16, 12, dict),  # the weights of the base encoder alone
         ("mocov3-vit-l", 16, 16, to_misnamed_mocov3),
         ("dinov1-vit-b", 16, 12, dict),
         ("jepa-vit-h", 14, 16, to_ijepa),
@@ -202,11 +207,14 @@ def test_archive_of_clip_yields_the_tokens_before_the_final_norm(encode, images)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_published_file_of_dinov2_yields_the_patch_tokens(encode, images):
+@pytest.mark.parametrize("name", ["dinov2-vit-b", "dinov2reg-vit-b"])
+def test_published_file_of_dinov2_yields_the_patch_tokens(encode, images, name):
     state = make_state(14) | {
         f"blocks.{i}.ls{k}.gamma": torch.linspace(0.5, 1, WIDTH) for i in (0, 1) for k in (1, 2)
     }
-    tokens = encode("dinov2-vit-b", state | {"mask_token": torch.ones(1, WIDTH)}, images, 8)
+    if name == "dinov2reg-vit-b":
+        state["register_tokens"] = torch.linspace(-1, 1, 4 * WIDTH).view(1, 4, WIDTH)
+    tokens = encode(name, state | {"mask_token": torch.ones(1, WIDTH)}, images, 8)
     expected = apply_final_norm(state, compute_tokens(state, images, 14, 12))
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
 

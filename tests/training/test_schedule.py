@@ -10,7 +10,7 @@ from tests.helpers import call_main, have_equal_weights, read_metrics, train_fla
 from training.config import parse_settings
 from training.log import format_line
 from training.optimizer import build_schedule
-from training.schedule import LearningRateSchedule
+from training.schedule import SCHEDULES, LearningRateSchedule
 
 FLAGS = ["--lr-schedule", "cosine", "--lr-warmup-steps", 1, "--optimizer", "muon"]
 
@@ -45,6 +45,16 @@ def test_default_is_exactly_the_learning_rate():
     assert schedule.is_fixed
 
 
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_properties_agree_with_the_learning_rates(kind, warmup_steps):
+    schedule = LearningRateSchedule(2.0, kind, warmup_steps, 0.0, 8)
+    rates = make_rates(kind, warmup_steps)
+    assert schedule.is_fixed == (len(set(rates)) == 1)
+    longer = make_rates(kind, warmup_steps, num_steps=9)
+    assert schedule.depends_on_length == (longer[: len(rates)] != rates)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -63,6 +73,8 @@ def test_warmup_must_be_shorter_than_a_decreasing_schedule(call, cache, tmp_path
     code, out = call(train, *flags, "--lr-schedule", "linear")
     assert code == 2 and not (tmp_path / "run").exists()
     assert "--lr-warmup-steps 3 leaves no steps for --lr-schedule linear: the run has 3" in out
+    code, out = call(train, *flags, "--lr-schedule", "constant", "--print-config")
+    assert code == 0, out
 
 
 def test_each_update_has_the_learning_rate_of_its_step(make_meta_step):
