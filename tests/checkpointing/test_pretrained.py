@@ -116,6 +116,18 @@ def test_official_networks_compute_the_same_function_after_conversion(write_pt_f
     assert not any(parameter.requires_grad for parameter in converted.parameters())
 
 
+@pytest.mark.parametrize("recorded", ["SiT-Ti/2", "SiT-B/2", None])
+def test_recorded_name_of_the_network_replaces_the_flag(write_pt_file, recorded):
+    content = make_official_content("repa", make_sit())
+    settings = vars(content["args"]) if "args" in content else {}
+    path = write_pt_file(content | {"args": argparse.Namespace(**settings | {"model": recorded})})
+    if recorded == "SiT-Ti/2":
+        assert load(path).identity["origin"] == "repa"
+    else:
+        with pytest.raises(UserError, match="add --model SiT-Ti/2"):
+            load(path)
+
+
 def test_config_is_inferred_from_shapes(write_pt_file):
     options = {"num_classes": 3, "latent_size": 4, "channels": 2}
     loaded = load(

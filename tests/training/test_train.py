@@ -290,6 +290,17 @@ def test_resume_step_must_be_the_newest_checkpoint(call, cache, tmp_path):
     assert have_equal_weights(tmp_path / "run", tmp_path / "NEW", "0000004")
 
 
+def test_folder_of_a_run_of_repa_is_left_unchanged(call, cache, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for path in ("args.json", "checkpoints/0050000.pt", "checkpoints/0100000.pt"):
+        (tmp_path / "run" / path).touch()
+    before = sorted(tmp_path.rglob("*"))
+    code, out = call(train, *train_flags(cache, tmp_path, "run"))
+    assert code == 2 and "checkpoints/0100000.pt is a checkpoint of another repository" in out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path / "run/args.json").read_text()
+
+
 def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
     flags = train_flags(cache, trained.parent, trained.name, "--max-train-steps", 4)
     code, out = call(train, *flags, "--learning-rate", 5e-4, "--align-loss", "l2")
