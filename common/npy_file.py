@@ -4,6 +4,7 @@ If a file is truncated or its disk fails while it is mapped, the kernel kills th
 "Bus error". A read raises OSError instead, and does not block other threads.
 """
 
+import math
 import os
 import threading
 import tokenize
@@ -33,6 +34,24 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
             return np.lib.format.read_array_header_2_0(file)
     except (SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"the header is damaged ({error})") from None
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """Read an array like np.load, which must not be called in several threads (see above).
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a .npy file, is truncated, or contains objects.
+    """
+    with path.open("rb") as file:
+        shape, is_fortran_order, dtype = read_npy_header(file)
+        if dtype.hasobject:
+            raise ValueError("the array contains objects")
+        num_values = math.prod(shape)
+        if os.fstat(file.fileno()).st_size < file.tell() + num_values * dtype.itemsize:
+            raise ValueError("the file is truncated")
+        values = np.fromfile(file, dtype, num_values)
+    return values.reshape(shape, order="F" if is_fortran_order else "C")
 
 
 @dataclass(frozen=True)

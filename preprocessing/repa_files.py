@@ -30,6 +30,7 @@ from common.config import setting
 from common.evenly_spaced import make_evenly_spaced_indices
 from common.files import NPY_READ_ERRORS
 from common.lfs import describe_lfs_pointer
+from common.npy_file import read_npy, read_npy_header
 from common.ordered_map import map_in_order
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
@@ -111,8 +112,8 @@ class ImportJob(CacheJob):
         for image_index in make_evenly_spaced_indices(self.num_images, NUM_IMAGES).tolist():
             path = self.root / self.source.names[image_index]
             # An unreadable file is reported later, when its shard is read.
-            with suppress(*NPY_READ_ERRORS, AttributeError):
-                shapes[path] = np.load(path, mmap_mode="r").shape
+            with suppress(*NPY_READ_ERRORS), path.open("rb") as file:
+                shapes[path] = read_npy_header(file)[0]
         if not shapes:
             raise UserError(f"SRC {self.root}: none of the sampled files can be read")
         shape = mode(shapes.values())
@@ -156,14 +157,14 @@ class ImportJob(CacheJob):
         """Return the moments of an image, (2C, h, h). Raises BadImage or UnreadableImage."""
         path = self.root / self.source.names[image_index]
         try:
-            moments = np.load(path)
+            moments = read_npy(path)
         except NPY_READ_ERRORS as error:
             file_errors = (None, errno.ENOENT, errno.EACCES)
             if isinstance(error, OSError) and error.errno not in file_errors:
                 raise UnreadableImage(str(error.strerror)) from None
             problem = describe_lfs_pointer(path)
             raise BadImage(problem or first_line(error)) from None
-        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
+        if moments.dtype.kind != "f":
             raise BadImage("it is no array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):
             raise BadImage(f"its shape is {moments.shape}, others have {self.shape}")

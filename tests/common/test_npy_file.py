@@ -1,11 +1,13 @@
 """Test reading rows of .npy files, and errors for files that are not as their header says."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from common.npy_file import NpyFile
+from common.npy_file import NpyFile, read_npy
 
 
 @pytest.fixture
@@ -68,3 +70,51 @@ def test_other_layouts_are_refused(tmp_path, content):
     np.save(tmp_path / "b.npy", content)
     with pytest.raises(ValueError, match="no rows, is in Fortran order or contains objects"):
         NpyFile(tmp_path / "b.npy")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24.0).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(24, dtype=np.float16).reshape(2, 3, 4)),
+        np.arange(6, dtype=">f4"),
+        np.array(3.0),
+        np.zeros((0, 4), np.float32),
+        np.array(["a"]),
+    ],
+)
+def test_read_npy_equals_numpy(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    read = read_npy(tmp_path / "a.npy")
+    assert read.dtype == array.dtype
+    np.testing.assert_array_equal(read, np.load(tmp_path / "a.npy"), strict=True)
+
+
+def test_read_npy_rejects_objects_and_truncated_files(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="contains objects"):
+        read_npy(path)
+    np.save(path, np.zeros(100))
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match="truncated"):
+        read_npy(path)
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    parse = np.lib.format.read_array_header_1_0
+    num_active, most_active = 0, 0
+
+    def parse_slowly(file):
+        nonlocal num_active, most_active
+        num_active += 1
+        most_active = max(most_active, num_active)
+        time.sleep(0.001)  # lets other threads run
+        num_active -= 1
+        return parse(file)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", parse_slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read_npy, [tmp_path / "a.npy"] * 32))
+    assert most_active == 1
