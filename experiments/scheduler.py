@@ -121,9 +121,10 @@ class TaskProcess:
     def close(self) -> str | None:
         """Record the outcome of an exited process, and return its error message or None."""
         code = self.popen.returncode
-        self.write_record(finished=code == 0)
+        missing = [path for path in self.task.outputs if not path.exists()]
+        self.write_record(finished=code == 0 and not missing)
         if code == 0:
-            return None
+            return f"has ended without creating {missing[0]}" if missing else None
         if code in (EXIT_STOPPED, -signal.SIGTERM):
             return "was stopped"
         if code < 0:

@@ -498,22 +498,25 @@ def test_tasks_start_when_their_inputs_exist(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scheduler, "ROOT", tmp_path)
     monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(scheduler, "list_visible_gpus", list)
-    a, b, c, d = (tmp_path / name for name in "abcd")
+    (tmp_path / "idle.py").touch()
+    a, b, c, d, e = (tmp_path / name for name in "abcde")
     tasks = [
         Task("last", ("copy.py", "2", str(b)), (a,), (b,)),
         Task("blocked", ("copy.py", "4", str(d)), (c,), (d,)),
         Task("failing", ("fail.py",), (), (c,)),
         Task("first", ("copy.py", "1", str(a)), (), (a,)),
+        Task("idle", ("idle.py",), (), (e,)),
     ]
     errors = scheduler.run_tasks(tasks, tmp_path, jobs=2)
     assert errors == {
+        "idle": f"has ended without creating {e}",
         "failing": "error: no luck",
         "blocked": f"needs {c}, which does not exist",
     }
     assert (a.read_text(), b.read_text()) == ("1", "2")
     records = [task.read_record(tmp_path)["finished"] for task in (tasks[3], tasks[0], tasks[2])]
     assert records == [True, True, False]
-    assert capsys.readouterr().err.startswith("1 failed: 2 of 4 task in ")
+    assert capsys.readouterr().err.startswith("2 failed: 2 of 5 task in ")
 
 
 def test_progress_of_training_runs_is_a_number_of_images(tmp_path, monkeypatch, capsys):
