@@ -133,7 +133,8 @@ def run_in_this_process(tasks: Sequence[Task], folder: Path) -> dict[str, str]:
         UserError: If another process is running a study in the folder.
     """
     errors = {}
-    with lock_folder(folder), ProgressBar(total=len(tasks), unit="task") as bar:
+    bar = ProgressBar(total=len(tasks), unit="task", disable=not tasks)
+    with lock_folder(folder), bar:
         for task in tasks:
             missing = task.find_missing_input()
             if missing:
