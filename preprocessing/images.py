@@ -166,13 +166,13 @@ def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
     return _resize(image, size, Image.Resampling.BICUBIC)
 
 
-def _resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
+def _resize(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
     """Resize the width first, then the height, with rounding in between.
 
     Pillow before version 13 does this in one call. Later versions resize the height of tall images
     first, which changes grey levels.
     """
-    return image.resize((size[0], image.height), filter).resize(size, filter)
+    return image.resize((size[0], image.height), resampling).resize(size, resampling)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
