@@ -261,12 +261,14 @@ def compute_relative_speed(path: Path, measured: JsonObject) -> float:
     """Return the speed of SRA 2 relative to SiT from a result of benchmarks.cost.
 
     Raises:
-        UserError: If the result contains no timings of both.
+        UserError: If the result contains no timings of both, or does not state how they were made.
     """
     results = measured.get("results", {})
-    if not all("step_s" in results.get(name, {}) for name in ("none", "sra2")):
+    has_timings = all("step_s" in results.get(name, {}) for name in ("none", "sra2"))
+    if not has_timings or not {"model", "batch_size", "machine"} <= {*measured}:
         raise UserError(
-            f"{path} contains no timings of benchmarks.cost; delete the file, and rerun with --run"
+            f"{path} is not a complete result of benchmarks.cost; delete the file, and rerun with "
+            "--run"
         )
     return results["none"]["step_s"]["median"] / results["sra2"]["step_s"]["median"]
 

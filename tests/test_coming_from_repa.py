@@ -115,11 +115,14 @@ def test_table_lists_all_their_flags_and_only_flags_of_ours_that_exist(program):
 
 @pytest.mark.parametrize("program", THEIR_SWITCHES)
 def test_negated_switches_are_accepted(program):
+    flags = [f"--no-{name}" for name in THEIR_SWITCHES[program].split()]
     if program.startswith("train"):
-        parse, required = parse_settings, ["--exp-name", "x", "--data-dir", "x"]
+        settings = parse_settings(["--exp-name", "x", "--data-dir", "x", *flags])
+        assert settings.model.qk_norm is False
     else:
-        parse, required = sample_ddp.parse_args, ["--ckpt", "x"]
-    parse([*required, *(f"--no-{name}" for name in THEIR_SWITCHES[program].split())])
+        config = sample_ddp.parse_args(["--ckpt", "x", *flags])
+        assert config.checkpoint.qk_norm is config.sampler.heun is False
+        assert config.precision.allow_tf32 is False
 
 
 def read_commands(script: str) -> list[list[str]]:

@@ -382,9 +382,10 @@ def test_costs_are_counted_and_compared(tmp_path):
     assert rows["relative_speed"]["deviations"] == []
     assert rows["relative_speed"]["difference"] == pytest.approx(0.9 - 7.2 / 8.1)
 
-    for damaged in ({"model": "SiT-XL/2"}, cost | {"results": {"none": {}, "sra2": {}}}):
+    without_machine = {key: value for key, value in cost.items() if key != "machine"}
+    for damaged in (without_machine, cost | {"results": {"none": {}, "sra2": {}}}):
         plan.cost_path.write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match=r"table-5.json contains no timings .* delete the file"):
+        with pytest.raises(UserError, match=r"table-5.json is not a complete result .*; delete"):
             gather_tables(plan, 8, [1.0])
 
 
@@ -740,7 +741,7 @@ def test_demo_runs_all_stages_and_resumes(call, cache, tree, tmp_path, monkeypat
     demo = SCALES["demo"]
     small = demo.sample_flags.replace("250", "9").replace("50", "9").replace("10", "2")
     monkeypatch.setitem(SCALES, "demo", replace(demo, sample_flags=small))
-    # Only the scheduler uses the stand-in: other modules also start processes.
+    # Replaced only in the scheduler, because other modules also start processes.
     fake_subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": InProcess})
     monkeypatch.setattr(scheduler, "subprocess", fake_subprocess)
     monkeypatch.setattr(scheduler, "get_current_commit", lambda: None)

@@ -81,6 +81,12 @@ def test_config_files_of_accelerate_are_refused(tmp_path, lines, problem):
         check_launcher("bf16", environment)
 
 
+def test_parallelism_config_is_refused():
+    """The launcher accepts it only together with FSDP, but the variable may be set directly."""
+    with pytest.raises(UserError, match=r"enables a parallelism config, .* pass --shard hybrid"):
+        check_launcher("bf16", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_launcher_without_further_settings_is_accepted(precision):
     # check_launcher returns nothing; it raises an error for settings that it refuses.
