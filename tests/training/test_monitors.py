@@ -20,6 +20,7 @@ from tests.helpers import run_ranks, train_flags
 from training.evaluation import Evaluator
 from training.monitors import FailureCount, Monitors, restore_failures
 from training.preview import Preview
+from training.resume import find_position
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 16 GiB.")
 
@@ -329,6 +330,14 @@ def test_trial_preview_arranges_images_only_on_the_first_process(
     for rank, num_calls in ((1, 0), (0, 1)):
         make_preview(rank, num_processes=2).try_out(model, lambda images: images)
         assert len(calls) == num_calls
+
+
+def test_new_run_replaces_the_real_images_of_an_earlier_one(tmp_path):
+    """The images of a run that was stopped before its first checkpoint may be of other data."""
+    for folder in ("samples", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "samples/real.png").touch()
+    assert not find_position(tmp_path, 4, (0.9,), 2, 0).has_real_images
 
 
 @pytest.mark.parametrize("killed_rank", [pytest.param(0, marks=pytest.mark.long), 1])
